@@ -1,0 +1,7 @@
+"""`python -m fsmount`."""
+
+import sys
+
+from fsmount.cli.main import main
+
+sys.exit(main())

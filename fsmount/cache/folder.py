@@ -1,0 +1,120 @@
+"""The cache folder: what lies where in it, who may read it, and how a file in it comes to be whole or absent."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fsmount.errors import FsmountError, NoSpace, Refused, UsageError
+from fsmount.oci.digest import Digest
+
+
+class CacheFolder:
+    """One cache folder, shared by every fsmount process of its owner.
+
+        chunks/     diskcache: inflated pieces of layers; evicted, least recently used first
+        layers/     one SQLite index per layer, by digest; written once, kept
+        trees/      one SQLite tree per manifest digest; written once, kept
+        manifests/  manifests and image configurations, by digest; written once, kept
+        state.sqlite  the numbers given to layers and views
+
+    The folder is 0700: what a private registry served stays with who fetched it, and no one
+    else can plant a file that this process would trust.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Creates what is missing. Raises: UsageError, Refused (someone else's folder), NoSpace."""
+        self.path = path
+        self.chunks = path / "chunks"
+        self.layers = path / "layers"
+        self.trees = path / "trees"
+        self.manifests = path / "manifests"
+        self.state = path / "state.sqlite"
+        with disk_errors(path):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.stat()
+            if status.st_uid != os.geteuid():
+                raise Refused(
+                    f"the cache folder {path} belongs to user {status.st_uid}, not to user {os.geteuid()}",
+                    remedy="Give each user a cache of their own with --cache or FSMOUNT_CACHE.",
+                )
+            if status.st_mode & 0o077:
+                path.chmod(0o700)
+            for folder in (self.chunks, self.layers, self.trees, self.manifests):
+                folder.mkdir(mode=0o700, exist_ok=True)
+
+    def manifest_path(self, digest: Digest) -> Path:
+        return self.manifests / f"{digest.algorithm}-{digest.hex}"
+
+    def load_manifest(self, digest: Digest) -> bytes | None:
+        """The document of that digest, checked against it; a damaged file is removed and counts as absent."""
+        path = self.manifest_path(digest)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        if digest.matches(data):
+            return data
+        path.unlink(missing_ok=True)
+        return None
+
+    def save_manifest(self, digest: Digest, data: bytes) -> None:
+        """Keeps a verified document. Raises: NoSpace."""
+        with disk_errors(self.manifests), whole_file(self.manifest_path(digest)) as partial:
+            partial.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a fresh path beside `path` to write to; it becomes `path`, synced, when the block ends well.
+
+    A power cut leaves the old file, the new one, or none: never half of one.
+    """
+    handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        publish(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a finished file its name, after its content has reached the disk."""
+    handle = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    partial.replace(path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the operating system's complaint about `path` into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, path) from error
+
+
+def from_os_error(error: OSError, path: Path) -> FsmountError:
+    """The error of ours that says what the operating system said about path."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(
+            f"no space left for {path}", remedy="Free some space there, or choose another place with --cache."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UsageError(f"{path} cannot be written: {reason}", remedy="Choose another place with --cache.")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UsageError(
+            f"{path} cannot be a cache folder: {reason}", remedy="Choose another place with --cache."
+        )
+    return FsmountError(f"the disk failed at {path}: {reason}")

@@ -1,0 +1,47 @@
+"""mount: serves the configured apps at a mount point, in the background unless told otherwise."""
+
+from pathlib import Path
+
+import click
+
+from fsmount.cli.background import announce_ready, run_in_background
+from fsmount.cli.options import ConfigOptions, config_options
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@config_options
+@click.option(
+    "--foreground", "-f", is_flag=True, envvar="FSMOUNT_FOREGROUND", help="Stay, and log to stderr."
+)
+@click.option(
+    "--log-file",
+    type=click.Path(path_type=Path),
+    envvar="FSMOUNT_LOG_FILE",
+    help="Where the background process logs.  [default: log/mount.log in the cache folder]",
+)
+def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log_file: Path | None) -> None:
+    """Mount the configured apps at MOUNTPOINT, as MOUNTPOINT/APP/TAG.
+
+    It returns when the mount answers. SIGTERM, or `fsmount unmount MOUNTPOINT`, takes it down.
+    """
+    config = options.load()
+    mountpoint = (mountpoint or config.mountpoint).absolute()
+    if not foreground:
+        from fsmount.fuse import mounts
+
+        mounts.prepare(mountpoint)  # the obvious mistakes, told before anything starts
+        arguments = ["mount", str(mountpoint), "--foreground", *options.arguments()]
+        log = log_file or config.cache.path / "log" / "mount.log"
+        raise click.exceptions.Exit(run_in_background(arguments, log))
+
+    import logging
+
+    import trio
+
+    from fsmount import daemon
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if not config.apps:
+        logging.warning("no apps are configured: the mount is empty; add [apps.NAME], or use --app")
+    trio.run(lambda: daemon.run(config, mountpoint, ready=announce_ready))

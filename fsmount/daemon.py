@@ -1,0 +1,73 @@
+"""daemon: one mount from start to end: limits, readiness, signals."""
+
+import logging
+import resource
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from fsmount.config import Config
+from fsmount.engine import open_engine
+from fsmount.errors import FsmountError
+from fsmount.fuse.operations import Operations
+from fsmount.fuse.session import Deadlines, serve
+from fsmount.singleflight import single_error
+
+log = logging.getLogger(__name__)
+
+#: On first need a name waits for its layer too; what the registry itself may take to answer, the catalog bounds.
+_DEADLINES = Deadlines(
+    content=frozenset({"lookup", "getattr", "readlink", "open", "read", "opendir", "readdir"})
+)
+
+
+async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) -> None:
+    """Serves the configuration's apps at mountpoint until it is unmounted, or SIGTERM or SIGINT comes.
+
+    `ready` is called when the mount answers. Raises: what opening the cache and mounting raise.
+    """
+    _raise_descriptor_limit()
+    _thaw_twice_a_second()
+    with single_error(FsmountError):
+        async with open_engine(config) as engine:
+            operations = Operations(engine.catalog, engine.layers, engine.numbers)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+                nursery.start_soon(_serve, operations, mountpoint, ready, nursery.cancel_scope)
+    log.info("unmounted %s", mountpoint)
+
+
+async def _serve(
+    operations: Operations, mountpoint: Path, ready: Callable[[], None], scope: trio.CancelScope
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve, operations, mountpoint, deadlines=_DEADLINES))
+        log.info("serving %s", mountpoint)
+        ready()
+    scope.cancel()
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            scope.cancel()
+
+
+def _raise_descriptor_limit() -> None:
+    # Chunks, indexes and connections together need a few hundred; distributions allow 1,024 unless asked.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _thaw_twice_a_second() -> None:
+    """Interrupts the blocking read of a request that the kernel has withdrawn.
+
+    The session polls right before it reads (fuse/session.py), which leaves a window of microseconds in which a
+    killed caller could stop the whole process. A signal ends such a read with EINTR, and pyfuse3 goes on.
+    """
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)

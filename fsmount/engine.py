@@ -1,0 +1,118 @@
+"""engine: everything below a command, wired together from a configuration and taken down in order."""
+
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from fsmount import config as configuration
+from fsmount.cache.chunks import open_chunk_store
+from fsmount.cache.folder import CacheFolder
+from fsmount.cache.numbers import Numbers
+from fsmount.catalog import App, Catalog
+from fsmount.errors import FsmountError
+from fsmount.layer import Layers
+from fsmount.oci.platform import Platform
+from fsmount.oci.reference import Reference, parse_source
+from fsmount.registry.open import Sources
+from fsmount.singleflight import single_error
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The parts that commands and the mount use."""
+
+    config: configuration.Config
+    catalog: Catalog
+    layers: Layers
+    numbers: Numbers
+    sources: Sources
+
+    def find(
+        self, text: str, *, platform: Platform | None = None, path: str | None = None
+    ) -> tuple[App, str | None]:
+        """What a user means by SOURCE, and its version: `APP[:TAG][@digest]` of the configuration comes first.
+
+        path, if given, replaces the folder that the app shows. Raises: UsageError.
+        """
+        name, version = _split(text)
+        known = self.catalog.apps.get(name)
+        if known is not None:
+            subtree = known.subtree if path is None else _subtree(path)
+            app = App(
+                name, known.source, subtree, platform or known.platform, known.listed, known.refresh_seconds
+            )
+            return app, version
+        reference = parse_source(text)
+        app = App(
+            name=reference.name if isinstance(reference, Reference) else f"oci-layout:{reference.path}",
+            source=self.sources.open(reference),
+            subtree=_subtree(path or "/"),
+            platform=platform or self.config.defaults.platform,
+            listed=lambda tag: True,
+            refresh_seconds=self.config.defaults.refresh_seconds,
+        )
+        return app, reference.version
+
+
+@asynccontextmanager
+async def open_engine(config: configuration.Config) -> AsyncIterator[Engine]:
+    """The engine of a configuration; passes and look-ups in the background end with the block.
+
+    Raises: UsageError, Refused, NoSpace (the cache folder), FsmountError.
+    """
+    # Decoding threads hold the GIL for at most this long while the kernel waits: 5 ms is the default.
+    sys.setswitchinterval(0.0005)
+    folder = CacheFolder(config.cache.path)
+    plain_http = frozenset(name for name, registry in config.registries.items() if registry.plain_http)
+    with (
+        single_error(FsmountError),
+        _numbers(folder) as numbers,
+        open_chunk_store(folder.chunks, size=config.cache.size) as chunks,
+    ):
+        async with Sources(plain_http=plain_http) as sources, trio.open_nursery() as nursery:
+            layers = Layers(folder, chunks, numbers, nursery, max_layer_size=config.cache.max_layer_size)
+            apps = [_app(name, app, sources) for name, app in config.apps.items()]
+            catalog = Catalog(apps, layers, nursery)
+            try:
+                yield Engine(config, catalog, layers, numbers, sources)
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def _numbers(folder: CacheFolder) -> Iterator[Numbers]:
+    numbers = Numbers(folder.state)
+    try:
+        yield numbers
+    finally:
+        numbers.close()
+
+
+def _app(name: str, app: configuration.App, sources: Sources) -> App:
+    return App(
+        name=name,
+        source=sources.open(app.repository),
+        subtree=_subtree(app.path),
+        platform=app.platform,
+        listed=app.shows,
+        refresh_seconds=app.refresh_seconds,
+    )
+
+
+def _subtree(path: str) -> tuple[bytes, ...]:
+    return tuple(os.fsencode(part) for part in path.split("/") if part not in ("", "."))
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """An app's name and the version after it: the digest, else the tag."""
+    name, _, digest = text.partition("@")
+    slash = name.rfind("/")
+    colon = name.find(":", slash + 1)
+    tag = None
+    if colon >= 0:
+        name, tag = name[:colon], name[colon + 1 :]
+    return name, digest or tag or None

@@ -1,0 +1,523 @@
+"""Layer: one layer of an image as its readers see it: its bytes are here, on their way, or still to be fetched."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar, TypeVarTuple, Unpack
+
+import trio
+
+from fsmount.archive.entry import Extent
+from fsmount.archive.scan import TarScanner
+from fsmount.cache.chunks import ChunkStore
+from fsmount.cache.folder import CacheFolder, disk_errors, publish
+from fsmount.cache.numbers import Numbers
+from fsmount.errors import Corrupt, FsmountError, NoSpace, NotFound
+from fsmount.index import IndexBuilder, LayerIndex
+from fsmount.ingest import CHUNK_SIZE, Inflate, Keep, OneFile, Portion
+from fsmount.oci.digest import Digest
+from fsmount.oci.manifest import Descriptor
+from fsmount.registry.source import Source
+from fsmount.singleflight import single_error
+
+log = logging.getLogger(__name__)
+
+_Args = TypeVarTuple("_Args")
+_Result = TypeVar("_Result")
+
+#: Compressed bytes handed to a worker thread at once: enough that the 0.15 ms of a thread call do not count.
+_BLOCK_SIZE = 1024 * 1024
+#: Passes at once; each holds up to about 24 MiB and keeps a core busy.
+_PASSES = 4
+#: Seconds during which a layer that was found corrupt is not downloaded again.
+_CONDEMNED_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What a manifest says about one layer.
+
+    `title` is set when the layer is one plain file of that path, as `oras push` makes them; `diff_id` when
+    the image's configuration names the digest of the inflated layer.
+    """
+
+    descriptor: Descriptor
+    title: bytes | None = None
+    diff_id: Digest | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the layer in the cache: the digest, and the title for a plain file."""
+        digest = self.descriptor.digest
+        key = f"{digest.algorithm}-{digest.hex}"
+        return key if self.title is None else f"{key}-{Digest.of(self.title).hex[:16]}"
+
+
+class Piece(NamedTuple):
+    """`size` bytes of a file at `file_offset`, found at `offset` of a chunk."""
+
+    file_offset: int
+    chunk: int
+    offset: int
+    size: int
+
+
+class Layer:
+    """A layer behind its index; reading fetches what is missing, once for all readers.
+
+    A layer without an index is streamed whole, one time: that pass makes the index, caches the chunks and
+    verifies the layer's digest at its end. What has gone by can be read meanwhile. If the digest turns out
+    wrong, everything of the pass is dropped and the layer gets a new number, so that neither the cache nor
+    the kernel keeps a byte of it.
+    """
+
+    def __init__(self, spec: LayerSpec, source: Source, layers: "Layers") -> None:
+        self.spec = spec
+        self.key = spec.key
+        self.source = source
+        self.number = layers.numbers.layer(self.key)
+        #: Compressed bytes that the pass under way, or the last one, has received.
+        self.received = 0
+        self._layers = layers
+        self._pass: _Pass | None = None
+        self._index: LayerIndex | None = None
+        self._looked = False
+        self._condemned: tuple[float, Corrupt] | None = None
+        self._diff_id: Digest | None = None
+
+    def expect(self, diff_id: Digest | None) -> None:
+        """Takes what an image's configuration says about the inflated layer; checked now, or at the pass's end."""
+        if diff_id is not None and diff_id.algorithm == "sha256":
+            self._diff_id = diff_id
+            index = self.index
+            if index is not None and index.complete:
+                self._check_diff_id(index.diff_id)
+
+    @property
+    def index(self) -> LayerIndex | None:
+        """The index: complete, of what has streamed so far, or None before the first byte."""
+        if self._index is None and not self._looked:
+            self._looked = True
+            self._index = self._layers.load_index(self.key)
+        return self._index
+
+    @property
+    def complete(self) -> bool:
+        index = self.index
+        return index is not None and index.complete
+
+    def close_index(self) -> None:
+        """Frees what a complete index holds open; it opens by itself when it is asked again."""
+        if self._index is not None and self._index.complete:
+            self._index.close()
+            self._index = None
+            self._looked = False
+
+    @property
+    def index_path(self) -> Path:
+        """The file of the complete index."""
+        return self._layers.index_path(self.key)
+
+    def reopen_index(self) -> LayerIndex:
+        """Another connection to the complete index, for another thread. Ownership: the caller closes it."""
+        index = self._layers.load_index(self.key)
+        if index is None:
+            raise FsmountError(
+                f"the index of layer {self.spec.descriptor.digest} has vanished from the cache"
+            )
+        return index
+
+    async def wait_complete(self) -> LayerIndex:
+        """The complete index, streaming the layer if need be. Raises: what the pass raised."""
+        while (index := self.index) is None or not index.complete:
+            await self._running().wait_done()
+        return index
+
+    async def wait_progress(self) -> None:
+        """Returns when more of the layer is known than now. Raises: what the pass raised."""
+        if not self.complete:
+            await self._running().wait_step()
+
+    def read_hot(self, member: int, offset: int, size: int) -> bytes | None:
+        """As `read`, if that takes no waiting: the bytes lie in one recent chunk. Else None."""
+        index = self.index
+        content = index.content(member) if index is not None and index.complete else None
+        if content is None:
+            return None
+        logical_size, extents = content
+        size = min(size, logical_size - offset)
+        if size <= 0:
+            return b""
+        if len(extents) > 1 or extents[0].size != logical_size:
+            return None
+        start = extents[0].offset + offset
+        number, chunk_start, length = self._locate(start)
+        if start + size > chunk_start + length:
+            return None
+        descriptor = self._layers.chunks.hot(self._chunk_key(number))
+        if descriptor is None:
+            return None
+        data = os.pread(descriptor, size, start - chunk_start)
+        return data if len(data) == size else None
+
+    async def read(self, member: int, offset: int, size: int) -> bytes:
+        """size bytes of a member's content from offset, fewer only at its end.
+
+        Raises: NotFound (no such member), Corrupt, Unreachable and other kinds of FsmountError.
+        Cancellation: safe; what is being fetched goes on for other readers.
+        """
+        index = self.index
+        content = index.content(member) if index is not None else None
+        if content is None:
+            raise NotFound(f"layer {self.spec.descriptor.digest} has no member {member}")
+        logical_size, extents = content
+        stop = min(offset + size, logical_size)
+        if stop <= offset:
+            return b""
+        if len(extents) == 1 and extents[0].size == logical_size:  # all but sparse files
+            return await self.read_stream(extents[0].offset + offset, stop - offset)
+        result = bytearray(stop - offset)
+        for extent in extents:
+            start = max(extent.file_offset, offset)
+            end = min(extent.file_offset + extent.size, stop)
+            if start < end:
+                data = await self.read_stream(extent.offset + start - extent.file_offset, end - start)
+                result[start - offset : end - offset] = data
+        return bytes(result)
+
+    async def read_stream(self, offset: int, size: int) -> bytes:
+        """size bytes of the inflated layer from offset; all of them. As `read`."""
+        pieces: list[bytes] = []
+        while size > 0:
+            number, start, length = self._locate(offset)
+            take = min(size, start + length - offset)
+            descriptor = self._layers.chunks.hot(self._chunk_key(number))
+            if descriptor is None:
+                descriptor = await self.open_chunk(number)
+            piece = os.pread(descriptor, take, offset - start)
+            if len(piece) != take:
+                await self._layers.chunks.drop([self._chunk_key(number)])
+                raise Corrupt(
+                    f"chunk {number} of layer {self.spec.descriptor.digest} is cut short in the cache"
+                )
+            pieces.append(piece)
+            offset += take
+            size -= take
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def pieces(self, extents: Iterable[Extent]) -> Iterator["Piece"]:
+        """Where the bytes of a file lie in the chunks of the complete layer."""
+        for extent in extents:
+            file_offset, offset, left = extent
+            while left > 0:
+                number, start, length = self._locate(offset)
+                size = min(left, start + length - offset)
+                yield Piece(file_offset, number, offset - start, size)
+                file_offset += size
+                offset += size
+                left -= size
+
+    def _locate(self, offset: int) -> tuple[int, int, int]:
+        if self._index is not None and self._index.complete:
+            number = self._index.chunk_at(offset)
+            chunk = self._index.chunks[number]
+            return number, chunk.start, chunk.size
+        number = offset // CHUNK_SIZE
+        return number, number * CHUNK_SIZE, CHUNK_SIZE
+
+    def _chunk_key(self, number: int) -> str:
+        return f"{self.key}/{number}"
+
+    async def open_chunk(self, number: int) -> int:
+        """A descriptor of the chunk, verified, fetched if need be. Ownership: the store's; use it before awaiting."""
+        key = self._chunk_key(number)
+        chunks = self._layers.chunks
+        if self._index is not None and self._index.complete:
+            descriptor = await chunks.open(key, self._index.chunks[number].sha256)
+            if descriptor is not None:
+                return descriptor
+        while True:
+            running = self._running()
+            running.wanted.add(number)
+            await running.wait_kept(number)
+            descriptor = chunks.hot(key)
+            if descriptor is None:
+                descriptor = await chunks.open(key, running.keep.chunks[number].sha256)
+            if descriptor is not None:
+                return descriptor
+            # It went by before it was wanted, and the cache is too small to have kept it: next pass.
+            await running.wait_done()
+
+    def cached_chunks(self) -> int:
+        """How many chunks are in the cache. Blocks on the disk, briefly."""
+        index = self.index
+        count = len(index.chunks) if index is not None else 0
+        return self._layers.chunks.stored([self._chunk_key(number) for number in range(count)])
+
+    def _running(self) -> "_Pass":
+        """The pass under way, or a new one."""
+        if self._condemned is not None:
+            until, error = self._condemned
+            if trio.current_time() < until:
+                raise error
+        if self._pass is None or self._pass.done:
+            known = self.index if self.complete else None
+            self._pass = _Pass(known)
+            self._layers.nursery.start_soon(self._run, self._pass)
+        return self._pass
+
+    async def _run(self, running: "_Pass") -> None:
+        """One pass; its outcome goes to whoever waits for it, and only Cancelled leaves here."""
+        try:
+            async with self._layers.passes:
+                await (self._stream(running) if running.known else self._make_index(running))
+        except FsmountError as error:
+            running.error = error
+        except Exception as error:
+            log.exception("streaming layer %s failed in a way nobody foresaw", self.spec.descriptor.digest)
+            running.error = FsmountError(
+                f"layer {self.spec.descriptor.digest} failed: {type(error).__name__}: {error}"
+            )
+        finally:
+            running.done = True
+            running.step()
+
+    async def _make_index(self, running: "_Pass") -> None:
+        with disk_errors(self._layers.folder.layers):
+            handle, name = tempfile.mkstemp(prefix=".partial-", dir=self._layers.folder.layers)
+            os.close(handle)
+        builder = IndexBuilder(Path(name))
+        self._index = builder.index
+        running.keep = Keep(None, builder)
+        finished = None
+        try:
+            inflate = await self._stream(running)
+            diff_id = running.keep.finish()
+            self._check_diff_id(str(diff_id))
+            facts: dict[str, object] = {
+                "digest": str(self.spec.descriptor.digest),
+                "diff_id": str(diff_id),
+                "compression": str(inflate.compression),
+                "blob_size": self.spec.descriptor.size,
+            }
+            finished = await self._in_thread(self._publish, builder, running.keep, facts)
+        except FsmountError as error:
+            if isinstance(error, Corrupt):
+                self._condemn(error)
+            raise
+        finally:
+            self._index = finished
+            builder.close()
+            if finished is None:
+                Path(name).unlink(missing_ok=True)
+                keys = [self._chunk_key(number) for number in range(running.kept)]
+                with trio.move_on_after(10, shield=True):
+                    await self._layers.chunks.drop(keys)
+
+    def _publish(self, builder: IndexBuilder, keep: Keep, facts: dict[str, object]) -> LayerIndex:
+        path = self._layers.index_path(self.key)
+        with disk_errors(path):
+            builder.finish(keep.chunks, facts)
+            publish(builder.path, path)
+        index = LayerIndex.open(path)
+        assert index is not None
+        return index
+
+    def _check_diff_id(self, found: str) -> None:
+        if self._diff_id is not None and str(self._diff_id) != found:
+            raise Corrupt(
+                f"layer {self.spec.descriptor.digest}: inflated it is {found}, but the image's configuration"
+                f" says {self._diff_id}",
+                remedy="Whoever made the image broke it; build and push it again.",
+            )
+
+    def _condemn(self, error: Corrupt) -> None:
+        log.error("%s; it came from %s, and nothing of it is kept", error.message, self.source.name)
+        self._condemned = (trio.current_time() + _CONDEMNED_SECONDS, error)
+        self._layers.renumber(self, error)
+
+    async def _stream(self, running: "_Pass") -> Inflate:
+        """Network, inflating and storing side by side, each stage one block or chunk ahead of the next."""
+        descriptor = self.spec.descriptor
+        limit = self._layers.max_layer_size or 64 * descriptor.size + 2**30
+        title = self.spec.title
+        scanner = None if running.known else TarScanner() if title is None else OneFile(title)
+        inflate = Inflate(descriptor.digest, scanner, is_file=title is not None, max_output=limit)
+        send_blocks, blocks = trio.open_memory_channel[bytes](1)
+        send_portions, portions = trio.open_memory_channel[Portion](1)
+        with single_error(FsmountError):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._collect, send_blocks)
+                nursery.start_soon(self._inflate, inflate, blocks, send_portions)
+                async with portions:
+                    async for portion in portions:
+                        await self._keep(running, portion)
+                        inflate.reuse(portion)
+        await self._keep(running, await self._in_thread(inflate.finish))
+        return inflate
+
+    async def _collect(self, blocks: trio.MemorySendChannel[bytes]) -> None:
+        """Joins the network's pieces to blocks; sends at least one, maybe empty."""
+        async with blocks, self.source.blob(self.spec.descriptor) as pieces:
+            block = bytearray()
+            self.received = 0
+            async for piece in pieces:
+                block += piece
+                self.received += len(piece)
+                if len(block) >= _BLOCK_SIZE:
+                    await blocks.send(bytes(block))
+                    block.clear()
+            await blocks.send(bytes(block))
+
+    async def _inflate(
+        self,
+        inflate: Inflate,
+        blocks: trio.MemoryReceiveChannel[bytes],
+        portions: trio.MemorySendChannel[Portion],
+    ) -> None:
+        async with blocks, portions:
+            async for block in blocks:
+                await self._in_thread(inflate.push, block)
+                while (portion := await self._in_thread(inflate.next_portion)) is not None:
+                    await portions.send(portion)
+
+    async def _keep(self, running: "_Pass", portion: Portion) -> None:
+        number = running.kept
+        key = self._chunk_key(number)
+        stored = await self._in_thread(self._store, running.keep, key, portion)
+        if portion.data:
+            if number in running.wanted:
+                if stored:
+                    await self._layers.chunks.open(key, running.keep.chunks[number].sha256)
+                else:
+                    self._layers.chunks.hold(key, portion.data)
+            running.kept += 1
+        running.step()
+
+    def _store(self, keep: Keep, key: str, portion: Portion) -> bool:
+        keep.add(portion)
+        try:
+            if portion.data:
+                self._layers.chunks.put(key, portion.data)
+        except NoSpace as error:
+            self._layers.warn_full(error)
+            return False
+        return True
+
+    async def _in_thread(self, function: Callable[[Unpack[_Args]], _Result], *args: *_Args) -> _Result:
+        return await trio.to_thread.run_sync(function, *args, limiter=self._layers.threads)
+
+
+class _Pass:
+    """The state of one pass over a blob, for those who wait for it."""
+
+    def __init__(self, known: LayerIndex | None) -> None:
+        """known: the complete index, if there is one."""
+        self.known = known
+        self.keep = Keep(known, None)
+        #: Chunks that can be read by now; the pass goes through them in order.
+        self.kept = 0
+        self.done = False
+        self.error: FsmountError | None = None
+        #: Chunks somebody waits for, which must be readable even if the disk is full.
+        self.wanted: set[int] = set()
+        self._lot = trio.lowlevel.ParkingLot()
+
+    def step(self) -> None:
+        """Wakes everyone who waits: something more is known."""
+        self._lot.unpark_all()
+
+    async def wait_step(self) -> None:
+        """Returns when more is known, or the pass is done. Raises: the error of the pass."""
+        if not self.done:
+            await self._lot.park()
+        self._raise()
+
+    async def wait_kept(self, number: int) -> None:
+        """Returns when the chunk can be read. Raises: the error of the pass."""
+        while self.kept <= number and not self.done:
+            await self._lot.park()
+        if self.kept <= number:
+            self._raise()
+            raise Corrupt(f"the layer ends before its chunk {number}")
+
+    async def wait_done(self) -> None:
+        """Returns at the end of the pass. Raises: the error of the pass."""
+        while not self.done:
+            await self._lot.park()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class Layers:
+    """The layers in use, each once, and what they share. One per process; passes run in `nursery`."""
+
+    def __init__(
+        self,
+        folder: CacheFolder,
+        chunks: ChunkStore,
+        numbers: Numbers,
+        nursery: trio.Nursery,
+        *,
+        max_layer_size: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.chunks = chunks
+        self.numbers = numbers
+        self.nursery = nursery
+        self.max_layer_size = max_layer_size
+        self.passes = trio.CapacityLimiter(_PASSES)
+        # Two stages per pass; more threads than cores only so that none waits for a slow disk.
+        self.threads = trio.CapacityLimiter(4)
+        self._layers: dict[str, Layer] = {}
+        self._by_number: dict[int, Layer] = {}
+        self._retired: dict[int, Corrupt] = {}
+        self._warned_full = False
+
+    def get(self, spec: LayerSpec, source: Source) -> Layer:
+        """The layer, with source as the place to fetch it from. Raises: Corrupt (it is known to break its diff ID)."""
+        layer = self._layers.get(spec.key)
+        if layer is None:
+            layer = self._layers[spec.key] = Layer(spec, source, self)
+            self._by_number[layer.number] = layer
+        layer.source = source
+        layer.expect(spec.diff_id)
+        return layer
+
+    def numbered(self, number: int) -> Layer | None:
+        """The layer in use that has this number. Raises: Corrupt if what had it was condemned."""
+        if number in self._retired:
+            raise self._retired[number]
+        return self._by_number.get(number)
+
+    def renumber(self, layer: Layer, error: Corrupt) -> None:
+        """Gives a condemned layer a new number."""
+        self._by_number.pop(layer.number, None)
+        self._retired[layer.number] = error
+        self.numbers.retire_layer(layer.key)
+        layer.number = self.numbers.layer(layer.key)
+        self._by_number[layer.number] = layer
+
+    def index_path(self, key: str) -> Path:
+        return self.folder.layers / f"{key}.sqlite"
+
+    def load_index(self, key: str) -> LayerIndex | None:
+        """The index on disk; a damaged one is removed and counts as absent."""
+        path = self.index_path(key)
+        try:
+            return LayerIndex.open(path)
+        except FsmountError as error:
+            log.warning("%s; it is made again", error.message)
+            path.unlink(missing_ok=True)
+            return None
+
+    def warn_full(self, error: NoSpace) -> None:
+        if not self._warned_full:
+            self._warned_full = True
+            log.error("%s: serving without caching", error.message)

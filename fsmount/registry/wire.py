@@ -1,0 +1,135 @@
+"""One HTTP request and its answer, once: no retries, no redirects, no authentication, but always a deadline."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Self
+
+import httpx
+import trio
+
+from fsmount import __version__
+from fsmount.errors import Corrupt, FsmountError, Unreachable
+from fsmount.registry import failures
+from fsmount.registry.retry import Again
+from fsmount.registry.transport import Timeouts
+from fsmount.registry.urls import shown
+
+#: Of an error body or a token: what is longer has no more to say.
+LARGEST_EXPLANATION = 64 * 1024
+_CLOSE_SECONDS = 5.0
+# A body would be useless compressed: offsets and digests are of the content (registry.md §1.9).
+_HEADERS = {"User-Agent": f"fsmount/{__version__}", "Accept-Encoding": "identity"}
+
+
+class Answer:
+    """A status, headers, and a body that arrives as it is iterated over; each piece has a deadline.
+
+    Ownership: whoever has it closes it. A body read to its end leaves the connection for the next request.
+    """
+
+    def __init__(self, response: httpx.Response, url: httpx.URL, stall_seconds: float) -> None:
+        self.url = url
+        self.status = response.status_code
+        self.headers = response.headers
+        self._response = response
+        self._pieces = response.aiter_raw()
+        self._stall_seconds = stall_seconds
+        #: What `load` or `settle` took.
+        self.body = b""
+
+    @property
+    def length(self) -> int | None:
+        """The length of the body as announced; None if it was not."""
+        text = self.headers.get("Content-Length", "")
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+    @property
+    def next_page(self) -> str | None:
+        """The URL of the next part of a list, perhaps relative (RFC 8288)."""
+        return self._response.links.get("next", {}).get("url")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        with failures.map_exceptions(self.url), trio.fail_after(self._stall_seconds):
+            return await anext(self._pieces)
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises: Corrupt if it is longer than limit."""
+        body = bytearray()
+        async for piece in self:
+            body += piece
+            if len(body) > limit:
+                raise Corrupt(f"{shown(self.url)} answers with more than {limit} bytes")
+        return bytes(body)
+
+    async def load(self, limit: int) -> None:
+        """Take the whole body as `body`, and close. Raises: Corrupt if it is longer than limit."""
+        try:
+            self.body = await self.read(limit)
+        finally:
+            await self.aclose()
+
+    async def settle(self) -> None:
+        """Take a short body if there is one, so that the connection can be kept, and close."""
+        # docker-registry 2.8's 416 announces the blob's length for a body of 33 bytes.
+        if self.status == 416 or self._response.is_closed:
+            await self.aclose()
+        else:
+            with suppress(Unreachable, Corrupt):
+                await self.load(LARGEST_EXPLANATION)
+
+    async def error(self, what: str) -> FsmountError:
+        """The error that this answer means where another status was hoped for; closes it."""
+        await self.settle()
+        host = self.url.netloc.decode("ascii")
+        return failures.from_status(self.status, self.body, what=what, host=host)
+
+    async def aclose(self) -> None:
+        """Release the connection; it is kept if the body was read to its end."""
+        with trio.CancelScope(deadline=trio.current_time() + _CLOSE_SECONDS, shield=True):
+            await self._response.aclose()
+            # httpx and httpcore read through five nested generators. Reading on, from what is closed, ends
+            # them from the inside; closing the outermost would leave four to the garbage collector.
+            with trio.CancelScope() as scope, suppress(httpx.RequestError, httpx.StreamError):
+                scope.cancel()
+                async for _ in self._pieces:
+                    pass
+
+
+class Wire:
+    """The one way out: what every request of this package passes through, whatever it is for."""
+
+    def __init__(self, transport: httpx.AsyncBaseTransport, timeouts: Timeouts) -> None:
+        # The bare transport and no httpx.AsyncClient: that would add headers and cookies, and log every URL
+        # with its query, which in a signed URL is a secret.
+        self._transport = transport
+        self._timeouts = timeouts
+        self._answer_seconds = timeouts.connect_seconds + timeouts.stall_seconds
+
+    async def send(
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: Mapping[str, str],
+        *,
+        form: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Ask, and return when the answer's headers are there.
+
+        Raises: Again, with Unreachable or its kinds, whose reason is among its `causes`; Unreachable itself
+            if trying again is of no use.
+        """
+        timeout = {"connect": self._timeouts.connect_seconds, "write": self._timeouts.stall_seconds}
+        request = httpx.Request(
+            method, url, headers={**_HEADERS, **headers}, data=form, extensions={"timeout": timeout}
+        )
+        try:
+            with failures.map_exceptions(url), trio.fail_after(self._answer_seconds):
+                response = await self._transport.handle_async_request(request)
+        except Unreachable as error:
+            if failures.is_untrusted(error):
+                raise
+            raise Again(error) from error
+        return Answer(response, url, self._timeouts.stall_seconds)

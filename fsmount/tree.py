@@ -1,0 +1,365 @@
+"""Tree: the merged tree of an image, answered from the layers at first and from one file ever after."""
+
+import logging
+import sqlite3
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fsmount.archive.entry import EntryType
+from fsmount.cache import database
+from fsmount.cache.folder import CacheFolder, disk_errors, whole_file
+from fsmount.errors import FsmountError, NotFound
+from fsmount.index import Content, LayerIndex, Member, unpack_content
+from fsmount.layer import Layer
+from fsmount.oci.digest import Digest
+from fsmount.overlay import Node, Overlay, Stack, Undecided
+from fsmount.singleflight import single_error
+
+log = logging.getLogger(__name__)
+
+_VERSION = 2
+_SCHEMA = """
+CREATE TABLE nodes (id INTEGER PRIMARY KEY, parent INTEGER, name BLOB, layer INTEGER, member INTEGER, type INTEGER,
+    mode INTEGER, uid INTEGER, gid INTEGER, size INTEGER, mtime_ns INTEGER, major INTEGER, minor INTEGER,
+    nlink INTEGER, link BLOB);
+CREATE TABLE directories (key INTEGER PRIMARY KEY, node INTEGER, first INTEGER, stop INTEGER);
+"""
+_COLUMNS = "name, layer, member, type, mode, uid, gid, size, mtime_ns, major, minor, nlink, link"
+_TYPES = tuple(EntryType)
+
+#: Rows that are written at once.
+_ROWS = 4096
+#: Merged directories whose place in the layers is remembered while the tree is not on disk.
+_STACKS = 4096
+
+
+def directory_key(node: Node) -> int:
+    """The number of a directory within its tree: its topmost layer and its number there, in 9 and 32 bits."""
+    return node.layer << 32 | node.member.number
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A node in a listing; `offset` is where a listing goes on after it, the same in every process."""
+
+    node: Node
+    offset: int
+
+
+class StoredTree:
+    """The merged tree as one read-only SQLite file.
+
+    The children of a directory are neighbours, sorted by name, and a listing goes on from a row number:
+    nothing is kept between two calls.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    def open(cls, path: Path) -> "StoredTree | None":
+        """Raises: FsmountError (damaged)."""
+        connection = database.open_finished(path, version=_VERSION)
+        return None if connection is None else cls(connection)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def lookup(self, directory: int, name: bytes) -> Node | None:
+        query = f"SELECT {_COLUMNS} FROM nodes WHERE parent = ? AND name = ?"
+        row = self._connection.execute(query, (directory, name)).fetchone()
+        return None if row is None else _node(row)
+
+    def node(self, directory: int) -> Node | None:
+        query = f"SELECT {_COLUMNS} FROM nodes WHERE id = (SELECT node FROM directories WHERE key = ?)"
+        row = self._connection.execute(query, (directory,)).fetchone()
+        return None if row is None else _node(row)
+
+    def children(self, directory: int, after: int = 0) -> Iterator[Child]:
+        """The children that follow the one whose offset was `after`; of an unknown directory, none."""
+        query = "SELECT first, stop FROM directories WHERE key = ?"
+        first, stop = self._connection.execute(query, (directory,)).fetchone() or (0, 0)
+        rows = self._connection.execute(
+            f"SELECT id, {_COLUMNS} FROM nodes WHERE id >= ? AND id < ? ORDER BY id",
+            (max(first, after + 1), stop),
+        )
+        return (Child(_node(row[1:]), row[0]) for row in rows)
+
+    def folders(self) -> Iterator[tuple[int, Node]]:
+        """Every directory but the root, with its parent's number; parents come first."""
+        rows = self._connection.execute(
+            f"SELECT parent, {_COLUMNS} FROM nodes WHERE type = ? AND id > 1 ORDER BY id",
+            (int(EntryType.DIRECTORY),),
+        )
+        return ((row[0], _node(row[1:])) for row in rows)
+
+    def members(self, layer: int, index: Path) -> Iterator[tuple[int, Node, Content, str | None]]:
+        """Everything but directories that comes from one layer, in the order of its bytes in that layer.
+
+        With its parent's number, its content, and its attributes as the index keeps them; index is the layer's.
+        """
+        self._connection.execute("ATTACH DATABASE ? AS layer", (database.uri(index),))
+        try:
+            rows = self._connection.execute(
+                f"SELECT parent, {', '.join('n.' + name for name in _COLUMNS.split(', '))}, m.offset, m.extents,"
+                " m.xattrs FROM main.nodes n JOIN layer.members m ON m.number = n.member"
+                " WHERE n.layer = ? AND n.type != ? ORDER BY m.offset, n.member, n.id",
+                (layer, int(EntryType.DIRECTORY)),
+            )
+            for row in rows:
+                node = _node(row[1:14])
+                yield row[0], node, unpack_content(node.member.size, row[14], row[15]), row[16]
+        finally:
+            self._connection.execute("DETACH DATABASE layer")
+
+    @property
+    def root(self) -> Node:
+        row = self._connection.execute(f"SELECT {_COLUMNS} FROM nodes WHERE id = 1").fetchone()
+        return _node(row)
+
+    def counts(self) -> tuple[int, int]:
+        """(nodes without the root, bytes of all files, hardlinks counted once)."""
+        row = self._connection.execute(
+            "SELECT (SELECT count(*) - 1 FROM nodes), coalesce(sum(size), 0) FROM"
+            " (SELECT DISTINCT layer, member, size FROM nodes WHERE type = ?)",
+            (int(EntryType.FILE),),
+        ).fetchone()
+        return int(row[0]), int(row[1])
+
+
+def _node(row: tuple[Any, ...]) -> Node:
+    return Node(row[0], row[1], Member(row[2], _TYPES[row[3]], *row[4:]))
+
+
+def write_tree(path: Path, overlay: Overlay) -> None:
+    """Merges a whole tree and writes it down, whole or not at all. For a worker thread. Raises: Invalid, NoSpace."""
+    with disk_errors(path), whole_file(path) as partial:
+        connection = database.create(partial, schema=_SCHEMA, version=_VERSION)
+        try:
+            _write(connection, overlay)
+        finally:
+            connection.close()
+
+
+def _write(connection: sqlite3.Connection, overlay: Overlay) -> None:
+    node, stack = overlay.root()
+    waiting: deque[tuple[int, int, Stack]] = deque([(1, directory_key(node), stack)])
+    nodes: list[tuple[object, ...]] = [_row(1, 0, node)]
+    directories: list[tuple[int, int, int, int]] = []
+    next_id = 2
+    while waiting:
+        own_id, key, stack = waiting.popleft()
+        first = next_id
+        for node, below in overlay.children(stack):
+            nodes.append(_row(next_id, key, node))
+            if node.is_directory:
+                waiting.append((next_id, directory_key(node), below))
+            next_id += 1
+        directories.append((key, own_id, first, next_id))
+        if len(nodes) >= _ROWS:
+            database.insert(connection, "nodes", nodes)
+            nodes.clear()
+    database.insert(connection, "nodes", nodes)
+    database.insert(connection, "directories", directories)
+    connection.execute("CREATE UNIQUE INDEX by_name ON nodes (parent, name)")
+    connection.execute("CREATE INDEX by_content ON nodes (layer, member)")
+    connection.execute("COMMIT")
+
+
+def _row(own_id: int, parent: int, node: Node) -> tuple[object, ...]:
+    number, kind, *rest = node.member
+    return (own_id, parent, node.name, node.layer, number, int(kind), *rest)
+
+
+class Tree:
+    """The merged tree of one manifest.
+
+    Until it is on disk, lookups are answered by the overlay of what the layers have shown so far, and wait
+    only for what those have not decided; a listing waits for the whole tree. The tree is merged once, in a
+    thread, when the last layer is complete.
+    """
+
+    def __init__(
+        self, digest: Digest, layers: Sequence[Layer], folder: CacheFolder, nursery: trio.Nursery
+    ) -> None:
+        """nursery: where the merging runs that nobody waits for."""
+        self.digest = digest
+        self._nursery = nursery
+        self.layers = layers
+        self._path = folder.trees / f"{digest.algorithm}-{digest.hex}.sqlite"
+        self._stored: StoredTree | None = None
+        self._looked = False
+        self._overlay = Overlay(lambda position: layers[position].index, len(layers))
+        self._stacks: OrderedDict[int, Stack] = OrderedDict()
+        self._writing = trio.Lock()
+        self._merging = False
+
+    @property
+    def on_disk(self) -> StoredTree | None:
+        """The merged tree, if it has been written."""
+        if self._stored is None and not self._looked:
+            self._looked = True
+            self._stored = _load(self._path)
+        return self._stored
+
+    @property
+    def final(self) -> bool:
+        """Whether every layer is complete, so that no answer can change any more."""
+        return self.on_disk is not None or all(layer.complete for layer in self.layers)
+
+    def close(self) -> None:
+        """Frees what the tree holds open; it opens by itself when it is asked again."""
+        if self._stored is not None:
+            self._stored.close()
+        self._stored = None
+        self._looked = False
+        for layer in self.layers:
+            layer.close_index()
+
+    async def stored(self) -> StoredTree:
+        """The tree on disk, fetching and merging what that takes.
+
+        Raises: Corrupt, Invalid, Unreachable and other kinds of FsmountError.
+        Cancellation: safe; the passes go on.
+        """
+        if self.on_disk is None:
+            with single_error(FsmountError):
+                async with trio.open_nursery() as nursery:
+                    for layer in self.layers:
+                        nursery.start_soon(layer.wait_complete)
+            await self._writing.acquire()
+            try:
+                if self._stored is None:
+                    self._stored = await trio.to_thread.run_sync(self._merge)
+                    self._stacks.clear()
+            finally:
+                self._writing.release()
+        assert self._stored is not None
+        return self._stored
+
+    def reopen(self) -> StoredTree:
+        """Another connection to the written tree, for another thread. Ownership: the caller closes it."""
+        stored = StoredTree.open(self._path)
+        if stored is None:
+            raise FsmountError(f"the tree of {self.digest} has vanished from the cache")
+        return stored
+
+    def _merge(self) -> StoredTree:
+        # Connections of its own: those of the layers belong to the event loop's thread.
+        indexes = [layer.reopen_index() for layer in self.layers]
+        try:
+            write_tree(self._path, Overlay(lambda position: indexes[position], len(indexes)))
+        finally:
+            for index in indexes:
+                index.close()
+        return self.reopen()
+
+    def root(self) -> Node:
+        """The root; while layers stream, its attributes are those known so far."""
+        stored = self.on_disk
+        if stored is not None:
+            return stored.root
+        node, stack = self._overlay.root()
+        self._remember(node, stack)
+        return node
+
+    async def lookup(self, directory: int, name: bytes) -> Node | None:
+        """The node of a name in a directory, or None. Raises: NotFound (no such directory), as `stored`."""
+        while True:
+            stored = self.on_disk
+            if stored is not None:
+                return stored.lookup(directory, name)
+            try:
+                found = self._overlay.lookup(self._stack(directory), name)
+            except Undecided as undecided:
+                await self.layers[undecided.position].wait_progress()
+                continue
+            if self.final:
+                self._merge_later()
+            if found is None:
+                return None
+            self._remember(*found)
+            return found[0]
+
+    def _merge_later(self) -> None:
+        if not self._merging:
+            self._merging = True
+            self._nursery.start_soon(self._merge_quietly)
+
+    async def _merge_quietly(self) -> None:
+        try:
+            await self.stored()
+        except FsmountError as error:
+            log.warning("the tree of %s cannot be written: %s", self.digest, error.message)
+
+    async def node(self, directory: int) -> Node:
+        """A directory by its number. Raises: NotFound, as `stored`."""
+        while True:
+            stored = self.on_disk
+            if stored is not None:
+                node = stored.node(directory)
+                if node is None:
+                    raise _no_directory(directory)
+                return node
+            try:
+                return self._find(directory)[0]
+            except Undecided as undecided:
+                await self.layers[undecided.position].wait_progress()
+
+    async def walk(self, path: Sequence[bytes]) -> Node | None:
+        """The node at a path of names from the root, or None. As `lookup`."""
+        node = self.root()
+        for name in path:
+            found = await self.lookup(directory_key(node), name) if node.is_directory else None
+            if found is None:
+                return None
+            node = found
+        return node
+
+    def _stack(self, directory: int) -> Stack:
+        stack = self._stacks.get(directory)
+        if stack is None or (stack and stack[-1][1] < 0):
+            # Unknown, or found when a layer had not shown all of it: look again.
+            stack = self._find(directory)[1]
+        return stack
+
+    def _find(self, directory: int) -> tuple[Node, Stack]:
+        """A directory by its number: its path in its topmost layer is its path in the tree."""
+        position, number = directory >> 32, directory & 0xFFFFFFFF
+        index: LayerIndex | None = None
+        if position < len(self.layers):
+            index = self.layers[position].index
+            if index is None:
+                raise Undecided(position)
+        path = index.path(number) if index is not None else ([] if directory == 0 else None)
+        found = self._overlay.walk(path) if path is not None else None
+        if found is None or directory_key(found[0]) != directory:
+            if index is not None and not index.complete:
+                raise Undecided(position)
+            raise _no_directory(directory)
+        self._remember(*found)
+        return found
+
+    def _remember(self, node: Node, stack: Stack) -> None:
+        if node.is_directory:
+            self._stacks[directory_key(node)] = stack
+            while len(self._stacks) > _STACKS:
+                self._stacks.popitem(last=False)
+
+
+def _no_directory(key: int) -> FsmountError:
+    return NotFound(f"the tree has no directory {key >> 32}:{key & 0xFFFFFFFF}")
+
+
+def _load(path: Path) -> StoredTree | None:
+    try:
+        return StoredTree.open(path)
+    except FsmountError as error:
+        log.warning("%s; it is made again", error.message)
+        path.unlink(missing_ok=True)
+        return None
