@@ -1,6 +1,6 @@
 """Makes tar archives byte by byte: every form of header, extension and sparse map, and whatever is wrong in one.
 
-    archive(pax({"path": "é"}), Member(b"e", b"content"), Member(b"d/", type=DIRECTORY, mode=0o755))
+archive(pax({"path": "é"}), Member(b"e", b"content"), Member(b"d/", type=DIRECTORY, mode=0o755))
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +61,7 @@ class Member:
         for offset, value in [*fields.items(), *self.at.items()]:
             block[offset : offset + len(value)] = value
         block[148:156] = b" " * 8
-        block[148:156] = b"%06o\0 " % sum(block) if self.checksum is None else _text(self.checksum, 8)
+        block[148:156] = b"%06o\0 " % sum(block) if self.checksum is None else self.checksum.ljust(8, b"\0")
         return bytes(block)
 
     def __bytes__(self) -> bytes:

@@ -57,7 +57,7 @@ def test_a_header_and_its_data_are_one_entry() -> None:
 
 def test_a_header_written_out_by_hand_is_read() -> None:
     text = b"hello.txt".ljust(100, b"\0") + b"0000644\0" + b"0001750\0" + b"0001751\0" + b"00000000005\0"
-    text += b"14500000000\0" + b"005710\0 " + b"0"
+    text += b"14500000000\0" + b"006432\0 " + b"0"
     (entry,) = scan(text.ljust(512, b"\0") + b"hello".ljust(512, b"\0") + bytes(1024))
     assert (entry.path, entry.uid, entry.gid, entry.size) == (b"hello.txt", 0o1750, 0o1751, 5)
     assert entry.mtime_ns == 0o14500000000 * 10**9
@@ -106,7 +106,9 @@ def test_a_name_with_a_slash_at_its_end_is_a_directory_only_where_the_type_is_nu
 @pytest.mark.parametrize("type_", [b"1", b"2", b"3", b"4", b"5", b"6"])
 def test_types_1_to_6_carry_no_data_whatever_their_size(type_: bytes) -> None:
     entries = scan(
-        archive(Member(b"a", type=type_, size=5000, link=b"b"), pax({"size": "700"}), Member(b"c", 700 * b"c"))
+        archive(
+            Member(b"a", type=type_, size=5000, link=b"b"), pax({"size": "700"}), Member(b"c", 700 * b"c")
+        )
     )
     assert [(entry.path, entry.size, entry.extents) for entry in entries] == [
         (b"a", 0, ()),
@@ -355,7 +357,9 @@ def test_a_pax_time_is_exact_to_the_nanosecond(text: str, nanoseconds: int) -> N
     assert only(pax({"mtime": text}), Member(b"a", mtime=5)).mtime_ns == nanoseconds
 
 
-@pytest.mark.parametrize("text", ["x", "1e5", ".5", "1.x", "1.-5", "--1", "+1", " 1", "1 ", "1.5.5", "nan", "١"])
+@pytest.mark.parametrize(
+    "text", ["x", "1e5", ".5", "1.x", "1.-5", "--1", "+1", " 1", "1 ", "1.5.5", "nan", "١"]
+)
 def test_a_pax_time_that_is_not_decimal_is_refused(text: str) -> None:
     assert "mtime" in refusal(archive(pax({"mtime": text}), Member(b"a")))
 
@@ -685,7 +689,9 @@ def test_the_records_of_sparse_0_0_come_in_pairs(keys: tuple[str, ...]) -> None:
     assert "sparse" in refusal(archive(pax(records), Member(b"a", X)))
 
 
-@pytest.mark.parametrize("text", ["", "x\n", "1000001\n", "-1\n", "1\n0\n", "1\n0\n9x\n", "2\n0\n8\n", "1\n\n8\n"])
+@pytest.mark.parametrize(
+    "text", ["", "x\n", "1000001\n", "-1\n", "1\n0\n", "1\n0\n9x\n", "2\n0\n8\n", "1\n\n8\n"]
+)
 def test_a_malformed_map_of_sparse_1_0_is_refused(text: str) -> None:
     records = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "8"}
     message = refusal(archive(pax(records), Member(b"a", tar.padded(text.encode()) + X)))
