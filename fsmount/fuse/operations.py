@@ -11,6 +11,7 @@ from typing import TypeAlias
 import pyfuse3
 
 from fsmount.archive.entry import EntryType
+from fsmount.archive.paths import MAX_NAME
 from fsmount.cache.numbers import Numbers
 from fsmount.catalog import VIEW_ROOT, App, Catalog, View
 from fsmount.errors import NotFound
@@ -65,6 +66,8 @@ class Operations:
     def lookup(
         self, parent_inode: int, name: bytes, ctx: object = None
     ) -> Attributes | Coroutine[None, None, Attributes]:
+        if len(name) > MAX_NAME:
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         place = parse_inode(parent_inode)
         if isinstance(place, Directory):
             view = self._view(place.view)
@@ -190,7 +193,7 @@ class Operations:
         """Never waits for anything: a watchdog asks this. A read-only tree has no free space to report."""
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = 4096
-        data.f_namemax = 255
+        data.f_namemax = MAX_NAME
         return data
 
     def _path(self, folder: Folder) -> str:
