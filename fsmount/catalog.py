@@ -1,17 +1,18 @@
 """Catalog: which apps there are, which tags they have, and what each tag shows."""
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import trio
 
 from fsmount.cache.numbers import ViewRecord
-from fsmount.errors import DeadlineExpired, FsmountError, NotFound, Unreachable
+from fsmount.errors import DeadlineExpired, FsmountError, NotFound
 from fsmount.image import Image, open_image
 from fsmount.layer import Layers
 from fsmount.oci.digest import Digest
@@ -30,8 +31,6 @@ _NAMES_SECONDS = 10.0
 VIEW_ROOT = (1 << 41) - 1
 #: Trees kept open; each costs a descriptor or two, and opening one again under a millisecond.
 _OPEN_TREES = 100
-
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +104,12 @@ class View:
 
 
 @dataclass(slots=True)
-class _Fresh(Generic[_Value]):
-    value: _Value
-    time: float
+class _Tags:
+    """What was listed, when that was last looked after, and when it last changed, in nanoseconds of the epoch."""
+
+    listed: list[str]
+    looked_at: float
+    changed_ns: int
 
 
 class Catalog:
@@ -128,37 +130,55 @@ class Catalog:
                 name = parent
         self._layers = layers
         self._nursery = nursery
-        self._tags: dict[str, _Fresh[list[str]]] = {}
+        self._tags: dict[str, _Tags] = {}
         self._checked: dict[tuple[str, str], float] = {}
         self._views: dict[int, View] = {}
         self._latest: dict[tuple[str, str], View] = {}
         self._contents: OrderedDict[ContentKey, Content] = OrderedDict()
-        self._listing: SingleFlight[list[str]] = SingleFlight(nursery)
+        self._listing: SingleFlight[None] = SingleFlight(nursery)
         self._resolving: SingleFlight[Digest] = SingleFlight(nursery)
         self._opening: SingleFlight[Content] = SingleFlight(nursery)
 
     async def tags(self, app: App) -> list[str]:
-        """The tags that are listed, without those of housekeeping; at most `refresh_seconds` old if possible.
+        """The tags that are listed, without those of housekeeping: as they were when they were last looked after.
 
         Raises: Unreachable (and nothing is known), AccessDenied, NotFound (no such repository).
         """
         known = self._tags.get(app.name)
-        if known is not None and trio.current_time() - known.time < app.refresh_seconds:
-            return known.value
-        try:
-            tags = await self._listing.run(app.name, lambda: self._list(app))
-        except Unreachable as error:
-            if known is None:
-                raise
-            log.warning("the tags of %s are those of before: %s", app.name, error.message)
-            tags = known.value
-        self._tags[app.name] = _Fresh(tags, trio.current_time())
-        return tags
+        if known is None:
+            await self._listing.run(app.name, lambda: self._list(app))
+            known = self._tags[app.name]
+        else:
+            self.look_after(app)
+        return known.listed
 
-    async def _list(self, app: App) -> list[str]:
+    def look_after(self, app: App) -> int | None:
+        """Renews the list of tags behind the scenes if it is older than `refresh_seconds`.
+
+        Returns when it last changed, in nanoseconds of the epoch; None if it was never asked for.
+        """
+        known = self._tags.get(app.name)
+        if known is None:
+            return None
+        now = trio.current_time()
+        if now - known.looked_at >= app.refresh_seconds:
+            known.looked_at = now
+            self._nursery.start_soon(self._list_again, app)
+        return known.changed_ns
+
+    async def _list_again(self, app: App) -> None:
+        try:
+            await self._listing.run(app.name, lambda: self._list(app))
+        except FsmountError as error:
+            log.warning("the tags of %s are those of before: %s", app.name, error.message)
+
+    async def _list(self, app: App) -> None:
         with _deadline(app):
             tags = await app.source.tags()
-        return [tag for tag in tags if is_tag(tag) and not is_housekeeping(tag) and app.listed(tag)]
+        listed = [tag for tag in tags if is_tag(tag) and not is_housekeeping(tag) and app.listed(tag)]
+        known = self._tags.get(app.name)
+        changed_ns = known.changed_ns if known is not None and known.listed == listed else time.time_ns()
+        self._tags[app.name] = _Tags(listed, trio.current_time(), changed_ns)
 
     async def view(self, app: App, name: str) -> View:
         """What a name in an app's folder stands for: a tag, a tag and a digest, or a digest.
@@ -175,7 +195,7 @@ class Catalog:
                 self._refresh_later(app, name)
             return view
         listed = self._tags.get(app.name)
-        if digest is not None or not (listed is not None and tag in listed.value):
+        if digest is not None or not (listed is not None and tag in listed.listed):
             digest = await self._resolve(app, name, str(digest) if digest else tag)
         return self._new_view(app, name, digest)
 

@@ -13,14 +13,16 @@ from fsmount.config import Config
 from fsmount.engine import open_engine
 from fsmount.errors import FsmountError
 from fsmount.fuse.operations import Operations
-from fsmount.fuse.session import Deadlines, serve
+from fsmount.fuse.protocol import Opcode
+from fsmount.fuse.requests import Deadlines
+from fsmount.fuse.session import serve
 from fsmount.singleflight import single_error
 
 log = logging.getLogger(__name__)
 
 #: On first need a name waits for its layer too; what the registry itself may take to answer, the catalog bounds.
 _DEADLINES = Deadlines(
-    content=frozenset({"lookup", "getattr", "readlink", "open", "read", "opendir", "readdir"})
+    content=frozenset({Opcode.LOOKUP, Opcode.GETATTR, Opcode.READ, Opcode.READDIR, Opcode.READDIRPLUS})
 )
 
 
@@ -30,7 +32,6 @@ async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) ->
     `ready` is called when the mount answers. Raises: what opening the cache and mounting raise.
     """
     _raise_descriptor_limit()
-    _thaw_twice_a_second()
     with single_error(FsmountError):
         async with open_engine(config) as engine:
             operations = Operations(engine.catalog, engine.layers, engine.numbers)
@@ -61,13 +62,3 @@ def _raise_descriptor_limit() -> None:
     # Chunks, indexes and connections together need a few hundred; distributions allow 1,024 unless asked.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _thaw_twice_a_second() -> None:
-    """Interrupts the blocking read of a request that the kernel has withdrawn.
-
-    The session polls right before it reads (fuse/session.py), which leaves a window of microseconds in which a
-    killed caller could stop the whole process. A signal ends such a read with EINTR, and pyfuse3 goes on.
-    """
-    signal.signal(signal.SIGALRM, lambda number, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)

@@ -1,76 +1,50 @@
-"""session: the life of one FUSE mount, from mount(2) to its last answer, whatever handlers and callers do.
+"""session: the life of one FUSE mount, from mount(2) to its last answer.
 
-pyfuse3 has three ways to stop answering, which leave callers that nobody can kill, or a dead mount. An
-exception other than FUSEError leaves a handler: `guarded` lets none through. All workers wait for slow
-answers: there are enough of them. A request is withdrawn just before it is read: `_LowLevel` looks again.
+pyfuse3, that is libfuse, mounts, agrees with the kernel on what both can do (INIT), and unmounts, also for ordinary
+users through fusermount3. The requests in between are answered in `requests`.
 """
 
-import errno
 import functools
-import inspect
 import logging
-import math
 import os
-import select
 import shutil
-import traceback
-from collections.abc import Awaitable, Callable, Iterator
+import socket
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import CoroutineType
-from typing import Any
 
 import pyfuse3
 import trio
 
 from fsmount.errors import DeadlineExpired, FsmountError, NotRunning, Refused
 from fsmount.fuse import mounts
+from fsmount.fuse.protocol import BUFFER_SIZE, parallel_init
+from fsmount.fuse.requests import Deadlines, Handlers, answer_requests
 
 log = logging.getLogger(__name__)
 
-#: Requests under way at once; the next waits for one to end. With pyfuse3's default of 99, a stat beside 110
-#: slow readers took 3.17 s; with 2000, 0.00 s.
-MAX_TASKS = 2000
+#: Reads that the kernel may send at once beyond those that it waits for: a slow layer holds up nobody else.
+BACKGROUND = 2000
 
 _DEVICE = Path("/dev/fuse")
+_DEVICE_NUMBER = os.makedev(10, 229)
 _FUSE_CONF = Path("/etc/fuse.conf")
 _READY_SECONDS = 10.0
-_QUIET_SECONDS = 60.0
-#: Requests that may be read one after the other before everything else in the process has had its turn.
-_IN_A_ROW = 16
-_MOST_MESSAGES = 1000
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deadlines:
-    """How long a handler may take before its caller gets ETIMEDOUT.
-
-    The caller cannot leave earlier, even if killed: the kernel waits for the answer to every request taken,
-    and pyfuse3 does not deliver INTERRUPT.
-    """
-
-    names_seconds: float = 10.0
-    content_seconds: float = 60.0
-    #: Names of the handlers that may wait for content; all others wait for names.
-    content: frozenset[str] = frozenset({"open", "read"})
-
-    def of(self, handler: str) -> float:
-        """Seconds for the handler of this name."""
-        return self.content_seconds if handler in self.content else self.names_seconds
+_is_serving = False
 
 
 async def serve(
-    operations: object,
+    handlers: Handlers,
     mountpoint: Path,
     *,
     allow_other: bool | None = None,
     deadlines: Deadlines | None = None,
-    max_tasks: int = MAX_TASKS,
     read_ahead_kib: int = 1024,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Mount operations (see `guarded`) at mountpoint, and answer until it is unmounted or this is cancelled.
+    """Mount at mountpoint, and answer with handlers until it is unmounted or this is cancelled.
 
     `await nursery.start(serve, ...)` returns when the mount answers. allow_other lets other users in; None:
     if it is permitted. pyfuse3 keeps its state in globals: one mount a process.
@@ -86,15 +60,9 @@ async def serve(
     if await trio.to_thread.run_sync(mounts.prepare, mountpoint, limiter=probes):
         log.warning("cleared the dead mount of an earlier run at %s", mountpoint)
     ready = False
-    session = trio.CancelScope()  # cancelled when the mount is gone
-    with (
-        _single_failure(),
-        _checked_reads(gone=session.cancel),
-        _mounted(guarded(operations, deadlines), mountpoint, options) as mount,
-        session,
-    ):
+    with _single_failure(), _mounted(mountpoint, options) as (mount, device):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_answer_requests, max_tasks, session)
+            nursery.start_soon(_serve_device, device, handlers, deadlines or Deadlines(), nursery)
             await _wait_until_answering(mount, probes)
             if not mounts.set_read_ahead(mountpoint, read_ahead_kib):
                 log.info("the read-ahead of %s stays at the kernel's default", mountpoint)
@@ -104,87 +72,35 @@ async def serve(
         raise NotRunning(f"{mountpoint} was unmounted before it had answered")
 
 
-def guarded(operations: object, deadlines: Deadlines | None = None) -> pyfuse3.Operations:
-    """Handlers for pyfuse3 that raise nothing but FUSEError, and take no longer than their deadlines.
+async def _serve_device(device: int, handlers: Handlers, deadlines: Deadlines, nursery: trio.Nursery) -> None:
+    await _negotiate(device)
+    await answer_requests(device, handlers, deadlines)
+    nursery.cancel_scope.cancel()  # the mount is gone
 
-    operations has methods of the names of pyfuse3.Operations; of one it lacks, the kernel is told once (ENOSYS).
-    A method is async, or it returns either its result or, if it has to wait, the coroutine that will.
 
-    An FsmountError becomes its errno, and is logged once a minute. Any other exception becomes EIO, and is
-    logged with its traceback once for each place that raises it. Cancellation passes.
+async def _negotiate(device: int) -> None:
+    """Lets libfuse answer INIT, the kernel's first request: over a socket, for what follows is not for libfuse.
+
+    Cancellation: nothing is negotiated.
     """
-    deadlines = deadlines or Deadlines()
-    journal = _Journal()
-    result = pyfuse3.Operations()
-    for name, default in inspect.getmembers(result):
-        if not name.startswith("_"):
-            given = getattr(operations, name, default)
-            is_handler = inspect.iscoroutinefunction(default)
-            setattr(result, name, _guard(name, given, deadlines.of(name), journal) if is_handler else given)
-    return result
-
-
-def _guard(
-    name: str, handler: Callable[..., Any], seconds: float, journal: "_Journal"
-) -> Callable[..., Awaitable[Any]]:
-    # What need not wait should not pay for a deadline. A stat takes 25 µs through pyfuse3 alone and through
-    # this function, and 42 µs with a cancel scope around the handler. Starting every coroutine, and opening the
-    # scope once it blocks, would spare its author the choice, but corrupt trio's stack of scopes if the
-    # handler has opened one by then.
-    async def answer(*args: Any) -> Any:
+    await trio.lowlevel.wait_readable(device)
+    init = os.read(device, BUFFER_SIZE)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        libfuse_s = _libfuse_s_descriptor(device)
+        os.dup2(theirs.fileno(), libfuse_s, inheritable=False)
+        theirs.close()
         try:
-            result = handler(*args)
-            if not isinstance(result, CoroutineType):
-                return result
-            with trio.move_on_after(seconds):
-                return await result
-            code = errno.ETIMEDOUT
-            journal.note_failure(name, code, f"no answer within {seconds:g} s")
-        except pyfuse3.FUSEError as error:
-            code = error.errno
-        except FsmountError as error:
-            code = error.errno
-            journal.note_failure(name, code, error.message)
-        except Exception as error:
-            code = errno.EIO
-            journal.note_bug(name, error)
-        if name == "forget":
-            return None  # it has no answer, and pyfuse3 catches nothing from it
-        raise pyfuse3.FUSEError(code)
-
-    return answer
-
-
-@dataclass(slots=True)
-class _Journal:
-    """Writes the failures of handlers into the log, but not as often as a thousand readers meet them."""
-
-    _noted: dict[tuple[int, str], float] = field(default_factory=dict)
-    _bugs: set[tuple[str, str, int]] = field(default_factory=set)
-
-    def note_failure(self, handler: str, code: int, message: str) -> None:
-        now = trio.current_time()
-        if now - self._noted.get((code, message), -math.inf) < _QUIET_SECONDS:
-            return
-        if len(self._noted) >= _MOST_MESSAGES:
-            self._noted = {key: time for key, time in self._noted.items() if now - time < _QUIET_SECONDS}
-        if len(self._noted) < _MOST_MESSAGES:
-            self._noted[code, message] = now
-            log.warning("%s: %s: %s", handler, errno.errorcode.get(code, code), message)
-
-    def note_bug(self, handler: str, error: Exception) -> None:
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-        site = (type(error).__qualname__, frame.f_code.co_filename, line)
-        if site not in self._bugs:
-            self._bugs.add(site)
-            log.error(
-                "%s failed unexpectedly, and will do so in silence from now on", handler, exc_info=error
-            )
-
-
-async def _answer_requests(max_tasks: int, session: trio.CancelScope) -> None:
-    await pyfuse3.main(max_tasks=max_tasks)
-    session.cancel()
+            ours.send(init)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pyfuse3.main)
+                await trio.lowlevel.wait_readable(ours)
+                answer = ours.recv(BUFFER_SIZE)
+                nursery.cancel_scope.cancel()
+        finally:
+            # What it closes, and looks at before it unmounts, shall be the device again.
+            os.dup2(device, libfuse_s, inheritable=False)
+    os.write(device, parallel_init(init, answer, background=BACKGROUND))
 
 
 async def _wait_until_answering(mount: mounts.Mount, probes: trio.CapacityLimiter) -> None:
@@ -197,24 +113,51 @@ async def _wait_until_answering(mount: mounts.Mount, probes: trio.CapacityLimite
 
 
 @contextmanager
-def _mounted(operations: pyfuse3.Operations, mountpoint: Path, options: set[str]) -> Iterator[mounts.Mount]:
+def _mounted(mountpoint: Path, options: set[str]) -> Iterator[tuple[mounts.Mount, int]]:
+    """The mount, and a descriptor of its device that does not block."""
+    global _is_serving
+    if _is_serving:
+        raise RuntimeError("pyfuse3 serves one mount a process")
+    before = set(_devices())
     try:
-        pyfuse3.init(operations, os.fspath(mountpoint), options)
+        pyfuse3.init(pyfuse3.Operations(), os.fspath(mountpoint), options)
     except RuntimeError as error:
         raise _why_not(mountpoint) from error
+    _is_serving = True
+    (libfuse_s,) = set(_devices()) - before
+    device = os.dup(libfuse_s)
+    os.set_blocking(device, False)
     mount = mounts.find(mountpoint)
     try:
         if mount is None:
             raise NotRunning(f"{mountpoint} was unmounted at once")
-        yield mount
+        yield mount, device
     finally:
+        os.close(device)
         # After a lazy unmount from outside another session may be mounted at this path: that one must stay.
         top = mounts.find(mountpoint)
         still_there = mount is not None and top is not None and top.device == mount.device
         pyfuse3.close(unmount=still_there)
+        _is_serving = False
         if still_there:
             # libfuse leaves it there, dead, if its connection was aborted through /sys/fs/fuse/connections.
             mounts.clear_stale(mountpoint)
+
+
+def _devices() -> Iterator[int]:
+    """The descriptors of /dev/fuse that this process has open: libfuse does not tell which one is its."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            status = os.fstat(int(name))
+        except OSError:  # that of the listing itself
+            continue
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEVICE_NUMBER:
+            yield int(name)
+
+
+def _libfuse_s_descriptor(device: int) -> int:
+    (descriptor,) = set(_devices()) - {device}
+    return descriptor
 
 
 @contextmanager
@@ -227,59 +170,6 @@ def _single_failure() -> Iterator[None]:
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
             error = error.exceptions[0]
         raise error from None
-
-
-class _LowLevel:
-    """trio.lowlevel for pyfuse3, with a `wait_readable` after which the read of /dev/fuse does not block.
-
-    pyfuse3 waits for readability, lets trio run whatever else is ready, and then reads, blocking, with the
-    GIL held. If meanwhile the only waiting caller is killed, the kernel withdraws its request, and the read
-    stops every task and thread until somebody sends another. O_NONBLOCK is no cure: EAGAIN ends pyfuse3.
-    Polling once more, in the very step that reads, leaves a window of microseconds, which only a heartbeat
-    from outside can notice. It costs 1 to 3 µs a request.
-    """
-
-    def __init__(self, gone: Callable[[], None]) -> None:
-        self._gone = gone
-        self._poller = select.poll()
-        self._in_a_row = 0
-
-    async def wait_readable(self, fd: int) -> None:
-        self._poller.register(fd, select.POLLIN)
-        # While requests keep coming the next is often there already, and a trip through epoll not needed.
-        events = self._poller.poll(0) if self._in_a_row < _IN_A_ROW else []
-        self._in_a_row = self._in_a_row + 1 if events else 0
-        while not events:
-            await trio.lowlevel.wait_readable(fd)
-            events = self._poller.poll(0)
-        if events[0][1] & select.POLLERR:
-            # The connection has ended for good. pyfuse3 itself would still wait for the handlers in progress.
-            self._gone()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio.lowlevel, name)
-
-
-class _Trio:
-    """trio for pyfuse3."""
-
-    def __init__(self, lowlevel: _LowLevel) -> None:
-        self.lowlevel = lowlevel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio, name)
-
-
-@contextmanager
-def _checked_reads(*, gone: Callable[[], None]) -> Iterator[None]:
-    """Replace trio in pyfuse3, and only there, the way its own `pyfuse3.asyncio.enable` does."""
-    if isinstance(pyfuse3.trio, _Trio):  # type: ignore[attr-defined]  # not in its stubs
-        raise RuntimeError("pyfuse3 serves one mount a process")
-    pyfuse3.trio = _Trio(_LowLevel(gone))  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        pyfuse3.trio = trio  # type: ignore[attr-defined]
 
 
 def _options(allow_other: bool | None) -> set[str]:

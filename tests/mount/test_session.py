@@ -2,6 +2,7 @@
 
 import os
 import queue
+import signal
 import stat
 import subprocess
 import sys
@@ -114,31 +115,31 @@ def test_a_failure_with_a_name_reaches_the_caller_as_its_errno(mountpoint: Path)
         assert "Bad message" in look_at(mountpoint / "broken-corrupt").stderr
 
 
-@pytest.mark.parametrize(
-    ("max_tasks", "expected"),
-    [
-        pytest.param(99, ["released", "lookup same"], id="with-pyfuse3's-default-they-do"),
-        pytest.param(session.MAX_TASKS, ["lookup same", "released"], id="with-ours-they-do-not"),
-    ],
-)
-def test_whether_110_waiting_readers_hold_up_a_lookup(
-    mountpoint: Path, max_tasks: int, expected: list[str]
-) -> None:
-    with toy.process(mountpoint, "--max-tasks", str(max_tasks)) as process:
+def test_110_waiting_readers_hold_up_neither_a_lookup_nor_another_reader(mountpoint: Path) -> None:
+    with toy.process(mountpoint) as process:
         readers = subprocess.Popen([sys.executable, "-c", _READERS, mountpoint, "110"])
-        process.wait_for(f"stuck {min(110, max_tasks)}")
-        caller = subprocess.Popen(["stat", mountpoint / "same"], stdout=subprocess.DEVNULL)
-        try:
-            order = process.wait_for("lookup same", timeout_seconds=1.0)
-        except queue.Empty:
-            order = []
+        process.wait_for("stuck 110")
+        other = subprocess.run(["cat", mountpoint / "same"], stdout=subprocess.DEVNULL, timeout=20)
+        assert other.returncode == 0
         process.tell("release")
-        order += process.wait_for("released")
-        if "lookup same" not in order:
-            order += process.wait_for("lookup same")
-        assert caller.wait(_SECONDS_OF_PATIENCE) == 0
+        process.wait_for("released")
         assert readers.wait(_SECONDS_OF_PATIENCE) == 0
-        assert [event for event in order if event in expected] == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("command", [("stat", "slow"), ("cat", "stuck-0")], ids=["lookup", "read"])
+def test_a_caller_that_is_killed_while_it_waits_is_gone_at_once(
+    mountpoint: Path, number: signal.Signals, command: tuple[str, str]
+) -> None:
+    program, name = command
+    with toy.process(mountpoint) as process:
+        caller = subprocess.Popen([program, mountpoint / name], stdout=subprocess.DEVNULL)
+        process.wait_for("lookup slow" if name == "slow" else "stuck 1")
+        caller.send_signal(number)
+        assert caller.wait(_SECONDS_OF_PATIENCE) == -number
+        if name == "slow":
+            process.wait_for("given up")
+        assert look_at(mountpoint / "same").returncode == 0
 
 
 def test_root_s_mount_is_read_ahead_as_far_as_requests_are_large(mountpoint: Path) -> None:
@@ -288,14 +289,14 @@ async def test_a_process_serves_one_mount(mountpoint: Path, tmp_path: Path) -> N
         nursery.cancel_scope.cancel()
 
 
-async def test_the_death_of_the_main_loop_leaves_as_itself(
+async def test_the_death_of_the_loop_leaves_as_itself(
     mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main(*, max_tasks: int) -> None:
+    async def answer_requests(*arguments: object) -> None:
         async with trio.open_nursery():
             raise OSError("on purpose")
 
-    monkeypatch.setattr("pyfuse3.main", main)
+    monkeypatch.setattr(session, "answer_requests", answer_requests)
     with pytest.raises(OSError, match="on purpose"):
         await session.serve(toy.Toy(), mountpoint)
     assert mounts.find(mountpoint) is None
@@ -304,10 +305,10 @@ async def test_the_death_of_the_main_loop_leaves_as_itself(
 async def test_a_mount_that_does_not_answer_is_given_up(
     mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main(*, max_tasks: int) -> None:
+    async def answer_requests(*arguments: object) -> None:
         await trio.sleep_forever()
 
-    monkeypatch.setattr("pyfuse3.main", main)
+    monkeypatch.setattr(session, "answer_requests", answer_requests)
     monkeypatch.setattr(session, "_READY_SECONDS", 0.2)
     with pytest.raises(DeadlineExpired):
         await session.serve(toy.Toy(), mountpoint)

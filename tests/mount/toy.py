@@ -1,11 +1,12 @@
 """A file system of nothing but cases, served by a process of its own that a test talks to, line by line.
 
-`/same` reads at once; `/stuck-*` reads when released; to look up `/broken-*` raises what it names.
+`/same` reads at once; `/stuck-*` reads when released; to look up `/slow` never ends, and `/broken-*` raises what it
+names.
 
-The process writes a line for each event: `ready`, `lookup NAME`, `stuck COUNT`, `released`, `killed`, and
+The process writes a line for each event: `ready`, `lookup NAME`, `stuck COUNT`, `given up`, `released`, `killed`, and
 `ended` after the mount. It reads commands: `ping` is answered with `pong`; `release` lets the stuck readers go;
-`trap` starts a caller and kills it at the worst moment: trio has seen its request, and pyfuse3 is about to read
-it. `--raw` serves as pyfuse3 does by itself, without what fsmount.fuse.session adds.
+`trap` starts a caller and kills it at the worst moment: trio has seen its request, and the loop is about to read
+it. `--raw` serves with pyfuse3's own loop instead of fsmount's.
 """
 
 import argparse
@@ -27,8 +28,13 @@ import trio
 
 from fsmount import errors
 from fsmount.fuse import mounts, session
+from fsmount.fuse.inodes import ROOT
+from fsmount.fuse.protocol import Attributes, Refusal, absent, pack_statfs
+from fsmount.fuse.requests import Answer
 
 _SIZE = 1 << 20
+#: trio's name of the task that reads the requests.
+_LOOP = "fsmount.fuse.session._serve_device"
 _FAILURES: dict[bytes, Callable[[], Exception]] = {
     b"broken-bug": lambda: ValueError("broken on purpose"),
     b"broken-corrupt": lambda: errors.Corrupt("corrupt on purpose"),
@@ -40,54 +46,71 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
-class Toy(pyfuse3.Operations):
-    """Inodes are counted up, and a file handle is its inode."""
+class Toy:
+    """Handlers for fsmount.fuse.session. Inodes are counted up."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.names: dict[bytes, pyfuse3.InodeT] = {}
+        self.names: dict[bytes, int] = {}
         self.asked = trio.Event()
         self.released = trio.Event()
         self.stuck = 0
 
-    async def lookup(
-        self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    def lookup(self, parent: int, name: bytes) -> Answer[Attributes]:
         say(f"lookup {name.decode()}")
+        if name == b"slow":
+            return self._slow()
         if name in _FAILURES:
             raise _FAILURES[name]()
         if name != b"same" and not name.startswith(b"stuck-"):
-            raise pyfuse3.FUSEError(errno.ENOENT)
-        inode = self.names.setdefault(name, pyfuse3.InodeT(len(self.names) + 2))
-        return await self.getattr(inode, ctx)
+            return absent(0)
+        return self.getattr(self.names.setdefault(name, len(self.names) + 2))
 
-    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        attributes = pyfuse3.EntryAttributes()
-        attributes.st_ino = inode
-        attributes.attr_timeout = attributes.entry_timeout = 0
-        is_root = inode == pyfuse3.ROOT_INODE
-        attributes.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755 if is_root else stat.S_IFREG | 0o444)
-        attributes.st_size = 0 if is_root else _SIZE
-        return attributes
+    async def _slow(self) -> Attributes:
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            say("given up")
+            raise
+        raise AssertionError
 
-    async def open(
-        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), direct_io=True)
+    def getattr(self, inode: int) -> Attributes:
+        is_root = inode == ROOT
+        mode = stat.S_IFDIR | 0o755 if is_root else stat.S_IFREG | 0o444
+        return Attributes(inode, mode, 1, 0, 0, 0, 0 if is_root else _SIZE, 0, 0, 0, 0)
 
-    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        if fh != self.names.get(b"same"):
+    def readlink(self, inode: int) -> bytes:
+        raise Refusal(errno.EINVAL)
+
+    async def read(self, inode: int, offset: int, size: int) -> bytes:
+        if inode != self.names.get(b"same"):
             self.stuck += 1
             self.asked.set()
             say(f"stuck {self.stuck}")
             await self.released.wait()
-        return bytes(min(size, _SIZE - off))
+        return bytes(min(size, _SIZE - offset))
 
-    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
-        return pyfuse3.FileHandleT(inode)
+    def readdir(self, inode: int, after: int, size: int, *, plus: bool) -> bytes:
+        return b""
 
-    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        return
+    def statfs(self) -> bytes:
+        return pack_statfs(block_size=4096, name_max=255)
+
+
+class Raw(pyfuse3.Operations):
+    """As much of the same as is needed to see how pyfuse3's own loop ends."""
+
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if name in _FAILURES:
+            raise _FAILURES[name]()
+        raise pyfuse3.FUSEError(errno.ENOENT)
+
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        attributes = pyfuse3.EntryAttributes()
+        attributes.st_ino = inode
+        attributes.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755)
+        return attributes
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         return pyfuse3.StatvfsData()
@@ -100,7 +123,7 @@ class _Trap(trio.abc.Instrument):
         self.caller: subprocess.Popen[bytes] | None = None
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if self.caller is not None and task.name.startswith("pyfuse-"):
+        if self.caller is not None and task.name.startswith(("pyfuse-", _LOOP)):
             self.caller.kill()
             self.caller.wait()
             self.caller = None
@@ -125,10 +148,10 @@ async def _obey(toy: Toy, trap: _Trap, mountpoint: Path) -> None:
                     trap.caller = _caller(mountpoint)
 
 
-async def _serve_raw(toy: Toy, mountpoint: Path, max_tasks: int) -> None:
-    pyfuse3.init(toy, os.fspath(mountpoint), {*pyfuse3.default_options, "subtype=fsmount"})
+async def _serve_raw(mountpoint: Path) -> None:
+    pyfuse3.init(Raw(), os.fspath(mountpoint), {*pyfuse3.default_options, "subtype=fsmount"})
     say("ready")
-    await pyfuse3.main(max_tasks=max_tasks)
+    await pyfuse3.main()
     pyfuse3.close()
 
 
@@ -139,10 +162,10 @@ async def _main(arguments: argparse.Namespace) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_obey, toy, trap, mountpoint)
         if arguments.raw:
-            await _serve_raw(toy, mountpoint, arguments.max_tasks)
+            await _serve_raw(mountpoint)
         else:
             async with trio.open_nursery() as serving:
-                await serving.start(partial(session.serve, toy, mountpoint, max_tasks=arguments.max_tasks))
+                await serving.start(partial(session.serve, toy, mountpoint))
                 say("ready")
         say("ended")
         nursery.cancel_scope.cancel()
@@ -239,6 +262,5 @@ def unserved(mountpoint: Path) -> Iterator[None]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--raw", action="store_true")
-    parser.add_argument("--max-tasks", type=int, default=session.MAX_TASKS)
     parser.add_argument("mountpoint", type=Path)
     trio.run(_main, parser.parse_args())

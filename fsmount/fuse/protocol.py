@@ -1,0 +1,211 @@
+"""protocol: the messages of the kernel's FUSE protocol that a read-only file system needs, as bytes and as values.
+
+Structures and numbers are those of the kernel's include/uapi/linux/fuse.h, in the machine's byte order. Nothing here
+reads or writes a descriptor.
+"""
+
+import enum
+import os
+import stat
+import struct
+from typing import NamedTuple
+
+
+class Opcode(enum.IntEnum):
+    """The requests that are answered; every other is told once that it is not implemented."""
+
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    READLINK = 5
+    READ = 15
+    STATFS = 17
+    INIT = 26
+    READDIR = 28
+    INTERRUPT = 36
+    BATCH_FORGET = 42
+    READDIRPLUS = 44
+
+
+class Refusal(Exception):
+    """A handler's answer is an errno, and there is nothing to log about it."""
+
+    def __init__(self, errno: int) -> None:
+        super().__init__(os.strerror(errno))
+        self.errno = errno
+
+
+class Attributes(NamedTuple):
+    """What `stat` shows of an inode, and for how many seconds the kernel may believe its name and the rest.
+
+    An inode of 0 says that the name does not exist.
+    """
+
+    inode: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    device: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    name_seconds: float
+    seconds: float
+
+
+def absent(seconds: float) -> Attributes:
+    """A name that does not exist, and for how long the kernel need not ask again."""
+    return Attributes(0, 0, 0, 0, 0, 0, 0, 0, 0, seconds, 0)
+
+
+class Request(NamedTuple):
+    """struct fuse_in_header; what follows it in the buffer depends on the opcode."""
+
+    length: int
+    opcode: int
+    unique: int
+    inode: int
+    uid: int
+    gid: int
+    pid: int
+    extensions: int
+    padding: int
+
+
+_IN_HEADER = struct.Struct("=IIQQIIIHH")
+_OUT_HEADER = struct.Struct("=IiQ")
+_READ_IN = struct.Struct("=QQI")  # handle, offset, size; flags follow
+_INTERRUPT_IN = struct.Struct("=Q")
+_STATFS_OUT = struct.Struct("=5Q4I24x")
+_ATTR = "6Q10I"
+_ATTR_OUT = struct.Struct("=QII" + _ATTR)
+_ENTRY_OUT = struct.Struct("=QQQQII" + _ATTR)
+_DIRENT = struct.Struct("=QQII")
+_INIT_IN = struct.Struct("=IIII")
+_INIT_FLAGS = struct.Struct("=I")
+_INIT_BACKGROUND = struct.Struct("=HH")
+
+HEADER_SIZE = _IN_HEADER.size
+#: The kernel refuses to write a request into a smaller buffer than the largest request it negotiated, and
+#: libfuse negotiates 1 MiB.
+BUFFER_SIZE = (1 << 20) + (1 << 16)
+#: Names are followed by zeros to a multiple of this.
+_ALIGNMENT = 8
+_U64 = (1 << 64) - 1
+_BLOCK = 512
+
+_CACHE_SYMLINKS = 1 << 23
+
+
+def parse_request(buffer: bytearray) -> Request:
+    """The header of the request in the buffer."""
+    return Request._make(_IN_HEADER.unpack_from(buffer))
+
+
+def parse_name(buffer: bytearray, length: int) -> bytes:
+    """The name that a LOOKUP asks for."""
+    return bytes(buffer[HEADER_SIZE : length - 1])
+
+
+def parse_read(buffer: bytearray) -> tuple[int, int]:
+    """The offset and the size of a READ, READDIR or READDIRPLUS."""
+    _, offset, size = _READ_IN.unpack_from(buffer, HEADER_SIZE)
+    return offset, size
+
+
+def parse_interrupt(buffer: bytearray) -> int:
+    """The `unique` of the request whose caller no longer wants an answer."""
+    (unique,) = _INTERRUPT_IN.unpack_from(buffer, HEADER_SIZE)
+    return int(unique)
+
+
+def reply(unique: int, size: int) -> bytes:
+    """The header of an answer with `size` bytes after it."""
+    return _OUT_HEADER.pack(_OUT_HEADER.size + size, 0, unique)
+
+
+def error_reply(unique: int, errno: int) -> bytes:
+    """The whole answer that is an errno."""
+    return _OUT_HEADER.pack(_OUT_HEADER.size, -errno, unique)
+
+
+def pack_attributes(attributes: Attributes) -> bytes:
+    """The answer to GETATTR."""
+    seconds, nanoseconds = _duration(attributes.seconds)
+    return _ATTR_OUT.pack(seconds, nanoseconds, 0, *_attr(attributes))
+
+
+def pack_entry(attributes: Attributes) -> bytes:
+    """The answer to LOOKUP."""
+    name_seconds, name_nanoseconds = _duration(attributes.name_seconds)
+    seconds, nanoseconds = _duration(attributes.seconds)
+    return _ENTRY_OUT.pack(
+        attributes.inode, 0, name_seconds, seconds, name_nanoseconds, nanoseconds, *_attr(attributes)
+    )
+
+
+def pack_statfs(*, block_size: int, name_max: int) -> bytes:
+    """The answer to STATFS of a file system that has no sizes to tell."""
+    return _STATFS_OUT.pack(0, 0, 0, 0, 0, block_size, name_max, block_size, 0)
+
+
+class Listing:
+    """The answer to READDIR or READDIRPLUS: as many entries as fit."""
+
+    def __init__(self, size: int, *, plus: bool) -> None:
+        self._left = size
+        self._plus = plus
+        self._parts: list[bytes] = []
+
+    def add(self, name: bytes, attributes: Attributes, offset: int) -> bool:
+        """Whether it fitted; offset is where a listing goes on after this entry."""
+        length = len(name)
+        padding = -length % _ALIGNMENT
+        size = _DIRENT.size + length + padding
+        if self._plus:
+            size += _ENTRY_OUT.size
+        if size > self._left:
+            return False
+        self._left -= size
+        if self._plus:
+            self._parts.append(pack_entry(attributes))
+        self._parts.append(_DIRENT.pack(attributes.inode, offset, length, stat.S_IFMT(attributes.mode) >> 12))
+        self._parts.append(name + bytes(padding))
+        return True
+
+    def finish(self) -> bytes:
+        """All that was added."""
+        return b"".join(self._parts)
+
+
+def parallel_init(init: bytes, answer: bytes, *, background: int) -> bytes:
+    """libfuse's answer to the kernel's INIT, with what libfuse has no option for.
+
+    The kernel keeps symlink targets, which never change here. And it sends `background` reads at once: by
+    default 12, also of all files together, so that a dozen readers of a slow layer would hold up everyone.
+    """
+    _, _, _, offered = _INIT_IN.unpack_from(init, HEADER_SIZE)
+    changed = bytearray(answer)
+    flags_at = _OUT_HEADER.size + 12  # major, minor and max_readahead come first
+    (flags,) = _INIT_FLAGS.unpack_from(changed, flags_at)
+    _INIT_FLAGS.pack_into(changed, flags_at, flags | offered & _CACHE_SYMLINKS)
+    _INIT_BACKGROUND.pack_into(changed, flags_at + 4, background, background * 3 // 4)
+    return bytes(changed)
+
+
+def _attr(a: Attributes) -> tuple[int, ...]:
+    """struct fuse_attr."""
+    mtime, mtime_ns = divmod(a.mtime_ns, 1_000_000_000)
+    mtime &= _U64
+    ctime, ctime_ns = (mtime, mtime_ns) if a.ctime_ns == a.mtime_ns else divmod(a.ctime_ns, 1_000_000_000)
+    blocks = (a.size + _BLOCK - 1) // _BLOCK
+    return (
+        *(a.inode, a.size, blocks, mtime, mtime, ctime & _U64, mtime_ns, mtime_ns, ctime_ns),
+        *(a.mode, a.nlink, a.uid, a.gid, a.device, 4096, 0),
+    )
+
+
+def _duration(seconds: float) -> tuple[int, int]:
+    whole = int(seconds)
+    return whole, int((seconds - whole) * 1e9)

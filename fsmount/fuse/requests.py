@@ -1,0 +1,240 @@
+"""requests: the loop that takes the kernel's requests and answers each exactly once, whatever handlers and callers do.
+
+It reads /dev/fuse itself, without blocking. pyfuse3's own loop does more work for each request (three times the CPU
+time over a tree of small files: docs/decisions.md), cannot be told that a caller has given up, stops the whole
+process when a caller is killed just before its request is read, and ends when a handler fails in a way of its own.
+"""
+
+import errno
+import logging
+import math
+import os
+import traceback
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, TypeVar
+
+import trio
+
+from fsmount.errors import FsmountError
+from fsmount.fuse.protocol import (
+    BUFFER_SIZE,
+    Attributes,
+    Opcode,
+    Refusal,
+    error_reply,
+    pack_attributes,
+    pack_entry,
+    parse_interrupt,
+    parse_name,
+    parse_read,
+    parse_request,
+    reply,
+)
+
+log = logging.getLogger(__name__)
+
+_QUIET_SECONDS = 60.0
+#: Requests that may be read one after the other before everything else in the process has had its turn.
+_IN_A_ROW = 32
+_MOST_MESSAGES = 1000
+
+_Result = TypeVar("_Result")
+#: What a handler returns: its answer, or the coroutine that will get it, if it has to wait.
+Answer: TypeAlias = _Result | Coroutine[None, None, _Result]
+
+
+class Handlers(Protocol):
+    """The file system. An FsmountError becomes its errno, and is logged; a Refusal its errno, in silence."""
+
+    def lookup(self, parent: int, name: bytes) -> Answer[Attributes]: ...
+    def getattr(self, inode: int) -> Answer[Attributes]: ...
+    def readlink(self, inode: int) -> Answer[bytes]: ...
+    def read(self, inode: int, offset: int, size: int) -> Answer[bytes]: ...
+    def readdir(self, inode: int, after: int, size: int, *, plus: bool) -> Answer[bytes]: ...
+    def statfs(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long a handler may take before its caller gets ETIMEDOUT; a caller that is killed leaves at once."""
+
+    #: What asks no more than names of a registry, and what needs content.
+    names_seconds: float = 10.0
+    content_seconds: float = 60.0
+    content: frozenset[Opcode] = frozenset({Opcode.READ})
+
+    def of(self, opcode: int) -> float:
+        """Seconds for requests of this kind."""
+        return self.content_seconds if opcode in self.content else self.names_seconds
+
+
+async def answer_requests(device: int, handlers: Handlers, deadlines: Deadlines) -> None:
+    """Answers what comes from device, a mounted /dev/fuse that does not block, until it is unmounted.
+
+    A handler that has its answer is answered for at once. One that must wait does so in a task of its own, which
+    ends at its deadline, or when the kernel says that the caller has given up (a signal, SIGKILL among them).
+
+    Cancellation: requests that are under way stay unanswered; closing the last descriptor fails them.
+    """
+    async with trio.open_nursery() as nursery:
+        await _Loop(device, handlers, deadlines, nursery).run()
+        nursery.cancel_scope.cancel()
+
+
+class _Loop:
+    def __init__(self, device: int, handlers: Handlers, deadlines: Deadlines, nursery: trio.Nursery) -> None:
+        self._device = device
+        self._handlers = handlers
+        self._deadlines = deadlines
+        self._nursery = nursery
+        self._buffer = bytearray(BUFFER_SIZE)
+        self._journal = Journal()
+        #: The requests that wait, by `unique`.
+        self._waiting: dict[int, trio.CancelScope] = {}
+
+    async def run(self) -> None:
+        buffers = [self._buffer]
+        in_a_row = 0
+        while True:
+            try:
+                os.readv(self._device, buffers)
+            except BlockingIOError:
+                in_a_row = 0
+                await trio.lowlevel.wait_readable(self._device)
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:  # unmounted, or its connection was aborted
+                    return
+                if error.errno in (errno.ENOENT, errno.EINTR):  # the request was withdrawn while it was read
+                    continue
+                raise
+            self._handle()
+            in_a_row += 1
+            if in_a_row >= _IN_A_ROW:
+                in_a_row = 0
+                await trio.lowlevel.checkpoint()
+
+    def _handle(self) -> None:
+        """Answers the request in the buffer, or starts the task that will."""
+        request = parse_request(self._buffer)
+        opcode, unique = request.opcode, request.unique
+        try:
+            answer = self._call(opcode, request.inode, request.length)
+            if isinstance(answer, bytes | Attributes):
+                self._reply(unique, _packed(opcode, answer))
+            elif answer is not None:
+                self._nursery.start_soon(self._wait, opcode, unique, answer)
+        except Exception as error:
+            self._fail(opcode, unique, error)
+
+    def _call(self, opcode: int, inode: int, length: int) -> Answer[Attributes] | Answer[bytes] | None:
+        """What the handler says; None if there is nothing to be answered."""
+        handlers, buffer = self._handlers, self._buffer
+        match opcode:
+            case Opcode.READ:
+                return handlers.read(inode, *parse_read(buffer))
+            case Opcode.READDIRPLUS | Opcode.READDIR:
+                return handlers.readdir(inode, *parse_read(buffer), plus=opcode == Opcode.READDIRPLUS)
+            case Opcode.LOOKUP:
+                return handlers.lookup(inode, parse_name(buffer, length))
+            case Opcode.GETATTR:
+                return handlers.getattr(inode)
+            case Opcode.READLINK:
+                return handlers.readlink(inode)
+            case Opcode.STATFS:
+                return handlers.statfs()
+            case Opcode.FORGET | Opcode.BATCH_FORGET:  # they have no answer
+                return None
+            case Opcode.INTERRUPT:
+                scope = self._waiting.get(parse_interrupt(buffer))
+                if scope is not None:
+                    scope.cancel()
+                return None
+            case _:
+                # The kernel remembers. Of OPEN and OPENDIR it then asks no more, nor of their ends, and keeps
+                # pages and listings: a small file costs one request instead of three.
+                raise Refusal(errno.ENOSYS)
+
+    async def _wait(
+        self, opcode: int, unique: int, answer: Coroutine[None, None, Attributes | bytes]
+    ) -> None:
+        code = 0
+        with trio.CancelScope() as scope, trio.move_on_after(self._deadlines.of(opcode)) as deadline:
+            self._waiting[unique] = scope
+            try:
+                self._reply(unique, _packed(opcode, await answer))
+            except Exception as error:
+                self._fail(opcode, unique, error)
+            finally:
+                del self._waiting[unique]
+        if deadline.cancelled_caught:
+            code = errno.ETIMEDOUT
+            seconds = self._deadlines.of(opcode)
+            self._journal.note_failure(_name(opcode), code, f"no answer within {seconds:g} s")
+        elif scope.cancelled_caught:
+            code = errno.EINTR
+        if code:
+            self._write(error_reply(unique, code))
+
+    def _fail(self, opcode: int, unique: int, error: Exception) -> None:
+        match error:
+            case Refusal(errno=code):
+                pass
+            case FsmountError(errno=code):
+                self._journal.note_failure(_name(opcode), code, error.message)
+            case _:
+                code = errno.EIO
+                self._journal.note_bug(_name(opcode), error)
+        self._write(error_reply(unique, code))
+
+    def _reply(self, unique: int, data: bytes) -> None:
+        self._write(reply(unique, len(data)), data)
+
+    def _write(self, *parts: bytes) -> None:
+        try:
+            os.writev(self._device, parts)
+        except OSError as error:
+            # ENOENT: the caller is gone; ENODEV: the mount is.
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+
+
+def _packed(opcode: int, answer: Attributes | bytes) -> bytes:
+    if isinstance(answer, bytes):
+        return answer
+    return pack_entry(answer) if opcode == Opcode.LOOKUP else pack_attributes(answer)
+
+
+def _name(opcode: int) -> str:
+    try:
+        return Opcode(opcode).name.lower()
+    except ValueError:
+        return f"request {opcode}"
+
+
+@dataclass(slots=True)
+class Journal:
+    """Writes the failures of handlers into the log, but not as often as a thousand readers meet them."""
+
+    _noted: dict[tuple[int, str], float] = field(default_factory=dict)
+    _bugs: set[tuple[str, str, int]] = field(default_factory=set)
+
+    def note_failure(self, handler: str, code: int, message: str) -> None:
+        now = trio.current_time()
+        if now - self._noted.get((code, message), -math.inf) < _QUIET_SECONDS:
+            return
+        if len(self._noted) >= _MOST_MESSAGES:
+            self._noted = {key: time for key, time in self._noted.items() if now - time < _QUIET_SECONDS}
+        if len(self._noted) < _MOST_MESSAGES:
+            self._noted[code, message] = now
+            log.warning("%s: %s: %s", handler, errno.errorcode.get(code, code), message)
+
+    def note_bug(self, handler: str, error: Exception) -> None:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        site = (type(error).__qualname__, frame.f_code.co_filename, line)
+        if site not in self._bugs:
+            self._bugs.add(site)
+            log.error(
+                "%s failed unexpectedly, and will do so in silence from now on", handler, exc_info=error
+            )

@@ -1,0 +1,320 @@
+"""The loop over a socket in place of /dev/fuse: every request is answered once, and how."""
+
+import errno
+import logging
+import os
+import socket
+import stat
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from fsmount.errors import Corrupt, NotFound
+from fsmount.fuse.protocol import Attributes, Listing, Opcode, Refusal, absent, parallel_init
+from fsmount.fuse.requests import Deadlines, Journal, answer_requests
+
+_FILE = Attributes(7, stat.S_IFREG | 0o644, 1, 2, 3, 0, 1000, -1_500_000_000, 5, 1.5, 86400.0)
+_OPEN, _RELEASE, _GETXATTR = 14, 18, 22
+
+
+@dataclass
+class Cases:
+    """Handlers that do what the test says, at once or in a coroutine."""
+
+    failure: BaseException | None = None
+    answer: bytes = b"bytes"
+    waits: bool = False
+    cancelled: int = 0
+    asked: list[tuple[object, ...]] = field(default_factory=list)
+
+    def _do(self, *asked: object) -> bytes:
+        self.asked.append(asked)
+        if self.failure is not None:
+            raise self.failure
+        return self.answer
+
+    def lookup(self, parent: int, name: bytes) -> Attributes:
+        self._do("lookup", parent, name)
+        return _FILE
+
+    async def getattr(self, inode: int) -> Attributes:
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+        raise AssertionError
+
+    def readlink(self, inode: int) -> bytes:
+        return self._do("readlink", inode)
+
+    async def read(self, inode: int, offset: int, size: int) -> bytes:
+        if self.waits:
+            await self.getattr(inode)
+        return self._do("read", inode, offset, size)
+
+    def readdir(self, inode: int, after: int, size: int, *, plus: bool) -> bytes:
+        return self._do("readdir", inode, after, size, plus)
+
+    def statfs(self) -> bytes:
+        return self._do("statfs")
+
+
+class Kernel:
+    """The other end of the device."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = trio.socket.from_stdlib_socket(end)
+        self._unique = 0
+
+    async def send(self, opcode: int, inode: int = 1, body: bytes = b"") -> int:
+        self._unique += 2
+        header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0, 0)
+        await self._end.send(header + body)
+        return self._unique
+
+    async def receive(self) -> tuple[int, int, bytes]:
+        """(unique, errno, what follows) of the next answer."""
+        data = await self._end.recv(1 << 21)
+        length, code, unique = struct.unpack_from("=IiQ", data)
+        assert length == len(data)
+        return unique, -code, data[16:]
+
+    async def ask(self, opcode: int, inode: int = 1, body: bytes = b"") -> tuple[int, bytes]:
+        unique = await self.send(opcode, inode, body)
+        answered, code, data = await self.receive()
+        assert answered == unique
+        return code, data
+
+
+@asynccontextmanager
+async def serving(cases: Cases, deadlines: Deadlines | None = None) -> AsyncIterator[Kernel]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        os.set_blocking(theirs.fileno(), False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer_requests, theirs.fileno(), cases, deadlines or Deadlines())
+            yield Kernel(ours)
+            nursery.cancel_scope.cancel()
+
+
+def _read_in(offset: int, size: int) -> bytes:
+    return struct.pack("=QQIIQII", 0, offset, size, 0, 0, 0, 0)
+
+
+# -------------------- what is asked, and what is answered
+
+
+async def test_each_request_reaches_its_handler_with_its_arguments() -> None:
+    cases = Cases()
+    async with serving(cases) as kernel:
+        await kernel.ask(Opcode.READ, 9, _read_in(4096, 512))
+        await kernel.ask(Opcode.READDIR, 9, _read_in(3, 100))
+        await kernel.ask(Opcode.READDIRPLUS, 9, _read_in(3, 100))
+        await kernel.ask(Opcode.LOOKUP, 9, b"a name\0")
+        await kernel.ask(Opcode.READLINK, 9)
+        await kernel.ask(Opcode.STATFS, 1, b"")
+    assert cases.asked == [
+        ("read", 9, 4096, 512),
+        ("readdir", 9, 3, 100, False),
+        ("readdir", 9, 3, 100, True),
+        ("lookup", 9, b"a name"),
+        ("readlink", 9),
+        ("statfs",),
+    ]
+
+
+async def test_a_shorter_name_is_not_followed_by_the_rest_of_a_longer_one() -> None:
+    cases = Cases()
+    async with serving(cases) as kernel:
+        await kernel.ask(Opcode.LOOKUP, 1, b"a very long name\0")
+        await kernel.ask(Opcode.LOOKUP, 1, b"short\0")
+    assert [name for _, _, name in cases.asked] == [b"a very long name", b"short"]
+
+
+async def test_an_entry_is_a_name_s_inode_times_and_attributes() -> None:
+    async with serving(Cases()) as kernel:
+        code, data = await kernel.ask(Opcode.LOOKUP, 1, b"a\0")
+    assert code == 0
+    values = struct.unpack("=QQQQII6Q10I", data)
+    assert values[:6] == (7, 0, 1, 86400, 500_000_000, 0)
+    assert values[6:9] == (7, 1000, 2)
+    assert values[9:12] == (2**64 - 2, 2**64 - 2, 0)  # before the epoch, and what remains is positive
+    assert values[12:15] == (500_000_000, 500_000_000, 5)
+    assert values[15:] == (stat.S_IFREG | 0o644, 1, 2, 3, 0, 4096, 0)
+
+
+def test_a_listing_holds_as_many_entries_as_fit() -> None:
+    listing = Listing(2 * (128 + 24 + 8), plus=True)
+    assert listing.add(b"eight888", _FILE, 11)
+    assert not listing.add(b"nine99999", _FILE, 12)
+    assert listing.add(b"x", _FILE, 13)
+    assert not listing.add(b"", _FILE, 14)
+    data = listing.finish()
+    assert len(data) == 320
+    inode, offset, length, kind = struct.unpack_from("=QQII", data, 128)
+    assert (inode, offset, length, kind) == (7, 11, 8, stat.S_IFREG >> 12)
+    assert data[152:160] == b"eight888"
+    assert data[160 + 152 :] == b"x" + bytes(7)
+
+
+def test_a_listing_without_attributes_has_names_only() -> None:
+    listing = Listing(64, plus=False)
+    assert listing.add(b"name", _FILE, 5) and listing.add(b"other", _FILE, 6)
+    assert not listing.add(b"third", _FILE, 7)
+    assert struct.unpack_from("=QQII", listing.finish(), 32) == (7, 6, 5, stat.S_IFREG >> 12)
+
+
+async def test_what_forgets_has_no_answer_and_others_go_on() -> None:
+    async with serving(Cases()) as kernel:
+        await kernel.send(Opcode.FORGET, 7, struct.pack("=Q", 1))
+        await kernel.send(Opcode.BATCH_FORGET, 0, struct.pack("=IIQQ", 1, 0, 7, 1))
+        assert await kernel.ask(Opcode.READLINK, 7) == (0, b"bytes")
+
+
+@pytest.mark.parametrize("opcode", [_OPEN, _RELEASE, _GETXATTR, 4000])
+async def test_every_other_request_is_not_implemented_which_the_kernel_remembers(opcode: int) -> None:
+    async with serving(Cases()) as kernel:
+        assert await kernel.ask(opcode) == (errno.ENOSYS, b"")
+
+
+def test_the_answer_to_init_allows_many_reads_at_once_and_keeps_symlinks_if_offered() -> None:
+    symlinks = 1 << 23
+    answer = struct.pack("=IiQ", 80, 0, 2) + struct.pack(
+        "=IIIIHHIIHH", 7, 31, 131072, 0b1010, 12, 9, 1, 1, 256, 0
+    )
+    answer += bytes(80 - len(answer))
+    for offered, expected in ((0b1111, 0b1010), (symlinks | 0b1111, symlinks | 0b1010)):
+        init = bytes(40) + struct.pack("=IIII", 7, 41, 131072, offered)
+        changed = parallel_init(init, answer, background=2000)
+        assert struct.unpack_from("=IIIIHH", changed, 16) == (7, 31, 131072, expected, 2000, 1500)
+        assert changed[:28] == answer[:28] and changed[36:] == answer[36:]
+
+
+# -------------------- failures
+
+
+@pytest.mark.parametrize("opcode", [Opcode.READLINK, Opcode.READ], ids=["at-once", "in-a-coroutine"])
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (Refusal(errno.ENODATA), errno.ENODATA),
+        (Corrupt("sha256:… is damaged"), errno.EBADMSG),
+        (NotFound("no such tag"), errno.ENOENT),
+        (KeyError("bug"), errno.EIO),
+        (OSError(errno.ENOSPC, "of a bug"), errno.EIO),
+        (ExceptionGroup("of a nursery", [ValueError("bug")]), errno.EIO),
+    ],
+    ids=repr,
+)
+async def test_every_failure_is_an_errno_and_the_loop_goes_on(
+    opcode: int, failure: Exception, expected: int
+) -> None:
+    cases = Cases(failure)
+    async with serving(cases) as kernel:
+        assert await kernel.ask(opcode, 1, _read_in(0, 9)) == (expected, b"")
+        cases.failure = None
+        assert await kernel.ask(opcode, 1, _read_in(0, 9)) == (0, b"bytes")
+
+
+@pytest.mark.parametrize(("opcode", "seconds"), [(Opcode.GETATTR, 10.0), (Opcode.READ, 60.0)])
+async def test_an_answer_too_late_is_a_timeout(
+    opcode: int, seconds: float, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = Cases(waits=True)
+    async with serving(cases) as kernel:
+        assert await kernel.ask(opcode, 1, _read_in(0, 9)) == (errno.ETIMEDOUT, b"")
+    assert trio.current_time() == pytest.approx(seconds)
+    assert cases.cancelled == 1
+    name = Opcode(opcode).name.lower()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name}: ETIMEDOUT: no answer within {seconds:g} s"
+    ]
+
+
+async def test_a_caller_that_gives_up_is_let_go_and_others_wait_on() -> None:
+    cases = Cases(waits=True)
+    async with serving(cases) as kernel:
+        first = await kernel.send(Opcode.GETATTR)
+        await kernel.send(Opcode.GETATTR)
+        await wait_all_tasks_blocked()
+        await kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", first))
+        assert await kernel.receive() == (first, errno.EINTR, b"")
+        assert cases.cancelled == 1
+        assert await kernel.ask(Opcode.READLINK) == (0, b"bytes")
+
+
+async def test_giving_up_what_was_answered_already_means_nothing() -> None:
+    async with serving(Cases()) as kernel:
+        unique = await kernel.send(Opcode.READLINK)
+        assert await kernel.receive() == (unique, 0, b"bytes")
+        await kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", unique))
+        assert await kernel.ask(Opcode.READLINK) == (0, b"bytes")
+
+
+async def test_cancelling_the_loop_cancels_what_waits() -> None:
+    cases = Cases()
+    async with serving(cases) as kernel:
+        await kernel.send(Opcode.GETATTR)
+        await wait_all_tasks_blocked()
+    assert cases.cancelled == 1
+
+
+# -------------------- the log
+
+
+@pytest.fixture
+def journal() -> Journal:
+    return Journal()
+
+
+async def test_a_named_failure_is_logged_once_a_minute_and_without_traceback(
+    journal: Journal, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(61):
+        journal.note_failure("read", errno.EBADMSG, "sha256:… is damaged")
+        await trio.sleep(1)
+    assert [record.getMessage() for record in caplog.records] == ["read: EBADMSG: sha256:… is damaged"] * 2
+    assert all(record.exc_info is None and record.levelno == logging.WARNING for record in caplog.records)
+
+
+async def test_a_thousand_different_failures_a_minute_are_enough_for_the_log(
+    journal: Journal, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(1100):
+        journal.note_failure("read", errno.ENOENT, f"no tag {number}")
+    assert len(caplog.records) == 1000
+    await trio.sleep(60)
+    journal.note_failure("read", errno.ENOENT, "no tag 1099")
+    assert len(caplog.records) == 1001
+
+
+def test_an_unexpected_exception_is_logged_once_a_site_with_its_traceback(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(error: Exception) -> Callable[[], None]:
+        def raising() -> None:
+            raise error
+
+        return raising
+
+    def note(error: Exception) -> None:
+        try:
+            fail(error)()
+        except Exception as caught:
+            journal.note_bug("read", caught)
+
+    for bug in (KeyError("one"), KeyError("again"), IndexError("another")):
+        note(bug)
+    logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert [repr(error) for error in logged] == ["KeyError('one')", "IndexError('another')"]
+    assert all(record.levelno == logging.ERROR for record in caplog.records)
+
+
+def test_a_name_that_does_not_exist_is_the_inode_0() -> None:
+    assert absent(3.0).inode == 0 and absent(3.0).name_seconds == 3.0
