@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from fsmount.errors import UsageError
@@ -39,6 +40,7 @@ _DURATIONS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # Fifteen digits are exact in a float.
 _QUANTITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([A-Za-z]*)", re.ASCII)
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[A-Fa-f0-9:]+\])(?::[0-9]{1,5})?")
+_HELPER = re.compile("[A-Za-z0-9_.-]+")
 _BARE_KEY = re.compile("[A-Za-z0-9_-]+")
 _LONGEST_NAME = 255
 _LARGEST_SIZE = 2**63 - 1
@@ -63,6 +65,12 @@ def _seconds(value: object) -> float:
     if not seconds:
         raise ValueError('must be a time above zero; write "60s", "5m", "1h" or "500ms"')
     return seconds
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 < value <= 10_000:
+        raise ValueError("must be a number from 1 to 10000")
+    return value
 
 
 def _absolute_path(value: object) -> Path:
@@ -133,6 +141,30 @@ def _host(name: str) -> str:
     return name
 
 
+def _username(value: object) -> str:
+    if not isinstance(value, str) or not value or ":" in value or not value.isprintable():
+        raise ValueError('must be a user name, without ":" and control characters; write "robot$ci"')
+    return value
+
+
+def _password_file(value: object) -> Path:
+    if isinstance(value, str) and value not in {"", ".", ".."} and not set(value) & {"/", "\0"}:
+        return Path(value)
+    try:
+        return _absolute_path(value)
+    except ValueError:
+        raise ValueError(
+            "must be a file; write it from the root, like /etc/fsmount/password, "
+            "or the name of a systemd credential (LoadCredential=)"
+        ) from None
+
+
+def _helper(value: object) -> str:
+    if not isinstance(value, str) or not _HELPER.fullmatch(value):
+        raise ValueError('must be what follows docker-credential- in a program\'s name; write "ecr-login"')
+    return value
+
+
 def _problem(error: UsageError) -> ValueError:
     remedy = error.remedy or ""
     return ValueError(f"{error.message}; {remedy[:1].lower()}{remedy[1:].rstrip('.')}")
@@ -186,6 +218,46 @@ class Registry(_Table):
 
     #: HTTP without TLS.
     plain_http: StrictBool = False
+    # Who we are there. At most one of three: a user with the password in a file, a helper, nobody. With none of
+    # them it is as docker and podman are told.
+    username: Annotated[str | None, PlainValidator(_username)] = None
+    #: A bare name is that of a systemd credential: a file in `$CREDENTIALS_DIRECTORY`.
+    password_file: Annotated[Path | None, PlainValidator(_password_file)] = None
+    #: The program docker-credential-<helper>.
+    helper: Annotated[str | None, PlainValidator(_helper)] = None
+    #: No credentials, whatever others have.
+    anonymous: StrictBool = False
+
+    @model_validator(mode="after")
+    def _one_identity(self) -> Self:
+        if (self.username is None) != (self.password_file is None):
+            given, missing = ("username", "password_file") if self.username else ("password_file", "username")
+            raise ValueError(f"has {given} and no {missing}; write both, or neither")
+        ways = {
+            "username": self.username is not None,
+            "helper": self.helper is not None,
+            "anonymous": self.anonymous,
+        }
+        chosen = [name for name, is_chosen in ways.items() if is_chosen]
+        if len(chosen) > 1:
+            raise ValueError(f"has {' and '.join(chosen)}, which exclude each other; keep one")
+        return self
+
+
+class Network(_Table):
+    """`[network]`: how long servers may take, and how much they may make us hold."""
+
+    connect_seconds: _Seconds = Field(default=10.0, alias="connect_timeout")
+    #: For the first byte of an answer, and for each further piece of it.
+    stall_seconds: _Seconds = Field(default=30.0, alias="stall_timeout")
+    #: Of a request, before it counts as failed.
+    tries: Annotated[int, PlainValidator(_count)] = 3
+    #: At once, to one server.
+    requests_per_server: Annotated[int, PlainValidator(_count)] = 32
+    manifest_size: _Size = 4 * 1024 * 1024
+    token_size: _Size = 64 * 1024
+    #: Of what a server says with an error.
+    error_size: _Size = 64 * 1024
 
 
 class Config(_Table):
@@ -194,6 +266,7 @@ class Config(_Table):
     mountpoint: _AbsolutePath = Path("/srv/artifacts")
     cache: Cache
     defaults: Defaults = Defaults()
+    network: Network = Network()
     #: By name; a name with slashes is a path of nested folders.
     apps: Mapping[Annotated[str, AfterValidator(_app_name)], App] = Field(default_factory=dict)
     #: By `host` or `host:port`, as references spell it.

@@ -17,7 +17,12 @@ from fsmount.errors import FsmountError
 from fsmount.layer import Layers
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import Reference, parse_source
+from fsmount.registry.credentials import Credentials
+from fsmount.registry.hosts import Hosts
 from fsmount.registry.open import Sources
+from fsmount.registry.retry import Retry
+from fsmount.registry.transport import Timeouts
+from fsmount.registry.wire import Limits
 from fsmount.singleflight import single_error
 
 
@@ -67,13 +72,12 @@ async def open_engine(config: configuration.Config) -> AsyncIterator[Engine]:
     # Decoding threads hold the GIL for at most this long while the kernel waits: 5 ms is the default.
     sys.setswitchinterval(0.0005)
     folder = CacheFolder(config.cache.path)
-    plain_http = frozenset(name for name, registry in config.registries.items() if registry.plain_http)
     with (
         single_error(FsmountError),
         _numbers(folder) as numbers,
         open_chunk_store(folder.chunks, size=config.cache.size) as chunks,
     ):
-        async with Sources(plain_http=plain_http) as sources, trio.open_nursery() as nursery:
+        async with _sources(config) as sources, trio.open_nursery() as nursery:
             layers = Layers(folder, chunks, numbers, nursery, max_layer_size=config.cache.max_layer_size)
             apps = [_app(name, app, sources) for name, app in config.apps.items()]
             catalog = Catalog(apps, layers, nursery)
@@ -90,6 +94,23 @@ def _numbers(folder: CacheFolder) -> Iterator[Numbers]:
         yield numbers
     finally:
         numbers.close()
+
+
+def _sources(config: configuration.Config) -> Sources:
+    plain_http = frozenset(name for name, registry in config.registries.items() if registry.plain_http)
+    network = config.network
+    return Sources(
+        hosts=Hosts(plain_http=plain_http),
+        credentials=Credentials(config.registries),
+        timeouts=Timeouts(connect_seconds=network.connect_seconds, stall_seconds=network.stall_seconds),
+        limits=Limits(
+            manifest_bytes=network.manifest_size,
+            token_bytes=network.token_size,
+            error_bytes=network.error_size,
+            requests=network.requests_per_server,
+        ),
+        retry=Retry(tries=network.tries),
+    )
 
 
 def _app(name: str, app: configuration.App, sources: Sources) -> App:

@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -39,9 +41,13 @@ DOCKER_LIST = DOCKER + "distribution.manifest.list.v2+json"
 TITLE = "org.opencontainers.image.title"
 
 
+#: Where to look for programs; some are installed beside pytest.
+_PATH = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
+
+
 def have(*programs: str) -> str:
     """Why to skip what needs `programs`, or "" when all are there: `if why := have("umoci"): skip(why)`."""
-    missing = [program for program in programs if shutil.which(program) is None]
+    missing = [program for program in programs if shutil.which(program, path=_PATH) is None]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
 
@@ -211,6 +217,89 @@ def _serve(work: Path, environment: Mapping[str, str]) -> tuple[subprocess.Popen
         time.sleep(0.01)
     _end(process)
     raise RuntimeError(f"docker-registry did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+@contextmanager
+def zuul_registry(work: Path, users: Mapping[str, str]) -> Iterator[str]:
+    """Run zuul-registry, all in the folder `work`, and yield its host; only `users` may read, and write.
+
+    It ignores ranges, explains errors in HTML, and needs the media type in a manifest that is asked for by digest.
+    """
+    host = _free_host()
+    address, port = host.split(":")
+    entries: list[Json] = [
+        {"name": name, "pass": password, "access": access}
+        for name, password in users.items()
+        for access in ("read", "write")  # without one who may read, everybody may
+    ]
+    storage: Json = {"driver": "filesystem", "root": str(work / "storage")}
+    config: dict[str, Json] = {
+        "address": address,
+        "port": int(port),
+        "public-url": f"http://{host}",
+        "secret": "-",
+    }
+    config |= {"users": entries, "storage": storage}
+    (work / "storage").mkdir(parents=True)
+    (work / "registry.yaml").write_text(json.dumps({"registry": config}))  # JSON is YAML
+    with _running(work, host, "zuul-registry", "-c", str(work / "registry.yaml"), "serve"):
+        yield host
+
+
+@contextmanager
+def drayage(work: Path, upstream: str) -> Iterator[str]:
+    """Run the pull-through cache drayage, all in the folder `work`, and yield `host/prefix`.
+
+    What `upstream` (a URL) has as `a/b`, it has as `prefix/a/b`. It ignores ranges, and lists no tags.
+    """
+    host = _free_host()
+    (work / "cache").mkdir(parents=True)
+    lines = (
+        f'listen = "{host}"',
+        f'cache_dir = "{work}/cache"',
+        "[upstreams.up_test]",
+        f'registry = "{upstream}"',
+    )
+    (work / "config.toml").write_text("\n".join(lines))
+    with _running(work, host, "drayage", "serve", "-c", str(work / "config.toml")):
+        yield f"{host}/up.test"
+
+
+def _free_host() -> str:
+    """An address on this machine that nobody listens on, for programs that do not say which one they took."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def _running(work: Path, host: str, program: str, *arguments: str) -> Iterator[None]:
+    """A server, from when it takes connections at `host`; `work` gets its log."""
+    path = shutil.which(program, path=_PATH)
+    if path is None:
+        raise RuntimeError(f"{program} is not installed")
+    log = work / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [path, *arguments], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 20
+        while not _listens(host):
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError(f"{program} did not start: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.02)
+        yield
+    finally:
+        _end(process)
+
+
+def _listens(host: str) -> bool:
+    address, port = host.split(":")
+    try:
+        socket.create_connection((address, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -11,10 +11,12 @@ import trio
 
 from fsmount.errors import AccessDenied, RateLimited, Unreachable
 from fsmount.registry.challenge import BasicChallenge, BearerChallenge, Challenge
-from fsmount.registry.credentials import Credential, DockerConfig, IdentityToken, Password, RegistryToken
+from fsmount.registry.credential import Credential, IdentityToken, Password, RegistryToken
+from fsmount.registry.credentials import Credentials
+from fsmount.registry.endpoint import Tls
 from fsmount.registry.retry import RETRYABLE_STATUSES, Again, Retry, retry_after_seconds
 from fsmount.registry.urls import follow, shown
-from fsmount.registry.wire import LARGEST_EXPLANATION, Answer, Wire
+from fsmount.registry.wire import Answer, Wire
 
 # distribution's token specification: 60 s where nothing is said, and never less.
 _SHORTEST_LIFE_SECONDS = 60.0
@@ -27,6 +29,22 @@ _CLIENT_ID = "fsmount"
 _SCOPE = re.compile(r"[a-z]+(?:\([a-z]+\))?:[A-Za-z0-9._:/-]+:[a-z*]+(?:,[a-z*]+)*")
 # What RFC 6750 allows in a header; anything else would be refused by h11, with the token in the message.
 _BEARER = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a request is allowed to do: to which repository of the server, and `pull` or `pull,push`.
+
+    Without a repository a token only proves who we are.
+    """
+
+    repository: str
+    actions: str = "pull"
+
+    @property
+    def scope(self) -> str:
+        """The form of distribution's token specification."""
+        return f"repository:{self.repository}:{self.actions}" if self.repository else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +72,9 @@ class _Refusal:
 class Authenticator:
     """The credentials, challenges and tokens of one registry."""
 
-    def __init__(self, domain: str, wire: Wire, credentials: DockerConfig, retry: Retry) -> None:
+    def __init__(self, domain: str, wire: Wire, credentials: Credentials, retry: Retry, *, tls: Tls) -> None:
         self._domain = domain
+        self._tls = tls
         self._wire = wire
         self._credentials = credentials
         self._retry = retry
@@ -67,12 +86,12 @@ class Authenticator:
         self._refusals: dict[_Key, _Refusal] = {}
         self._locks: dict[_Key, trio.Lock] = {}
 
-    async def authorization(self, repository: str) -> str | None:
+    async def authorization(self, access: Access) -> str | None:
         """The header for the next request; None if the registry has not asked for one, or we have none."""
-        return await self._answer(repository)
+        return await self._answer(access)
 
     async def after_refusal(
-        self, status: int, challenge: Challenge | None, url: httpx.URL, repository: str, refused: str | None
+        self, status: int, challenge: Challenge | None, url: httpx.URL, access: Access, refused: str | None
     ) -> str | None:
         """The header for one more try after 401 or 403 at url; None if there is nothing new to say.
 
@@ -86,33 +105,42 @@ class Authenticator:
                 self._challenge, self._challenged_at = challenge, url
             if isinstance(challenge, BearerChallenge):
                 further = tuple(filter(_SCOPE.fullmatch, challenge.scope))
-                self._further_scopes[_scope(repository)] = further
+                self._further_scopes[access.scope] = further
             for key in [key for key, token in self._tokens.items() if token.authorization == refused]:
                 del self._tokens[key]
-        header = await self._answer(repository, fresh=True)
+        header = await self._answer(access, fresh=True)
         return None if header == refused else header
 
-    async def give_up(self, repository: str) -> None:
+    async def give_up(self, access: Access) -> None:
         """Remember that what we presented was refused with 401, so that others need not try for a while."""
         if self._challenge is not None:
-            credential = await self._credentials.find(self._domain, repository)
-            key = _key(self._challenge, credential, repository)
+            credential = await self._credentials.find(self._domain, access.repository)
+            key = _key(self._challenge, credential, access)
             self._tokens.pop(key, None)
-            self._refuse(key, f"{self._domain} has just refused {_who(credential)} for {key.scope}")
+            self._refuse(key, f"{self._domain} has just refused {_who(credential)} for {self._what(key)}")
 
-    async def _answer(self, repository: str, *, fresh: bool = False) -> str | None:
+    async def _answer(self, access: Access, *, fresh: bool = False) -> str | None:
         challenge = self._challenge
         if challenge is None:
             return None
-        credential = await self._credentials.find(self._domain, repository, fresh=fresh)
-        key = _key(challenge, credential, repository)
+        credential = await self._credentials.find(self._domain, access.repository, fresh=fresh)
+        key = _key(challenge, credential, access)
         self._check_refusal(key)
         if isinstance(credential, RegistryToken):
             return _bearer(credential.token, self._domain)
         if isinstance(challenge, BasicChallenge):
             return _basic(credential) if isinstance(credential, Password) else None
-        async with self._locks.setdefault(key, trio.Lock()):
-            return await self._token(key, challenge)
+        try:
+            async with self._locks.setdefault(key, trio.Lock()):
+                return await self._token(key, challenge)
+        except AccessDenied:
+            # The token server refused what may be an old answer of a helper: passwords of clouds last an hour.
+            if (
+                fresh
+                or await self._credentials.find(self._domain, access.repository, fresh=True) == credential
+            ):
+                raise
+        return await self._answer(access)
 
     def _check_refusal(self, key: _Key) -> None:
         refusal = self._refusals.get(key)
@@ -150,13 +178,14 @@ class Authenticator:
         realm = follow(base, challenge.realm, registry=base, purpose="token server")
         # Our own scope first: some servers read only one, and zuul's challenge asks for what it then refuses.
         scopes = list(dict.fromkeys([key.scope, *self._further_scopes.get(key.scope, ())]))
+        scopes = [scope for scope in scopes if scope]
         asked_at = trio.current_time()
         answer = await self._ask(realm, key, scopes)
         if answer.status != 200:
             await answer.settle()
             raise self._denial(answer, key)
         try:
-            await answer.load(LARGEST_EXPLANATION)
+            await answer.load(self._wire.limits.token_bytes)
         except Unreachable as error:
             raise Again(error) from error
         return self._parse(answer.body, realm, asked_at)
@@ -167,16 +196,16 @@ class Authenticator:
             form = {
                 "grant_type": "refresh_token",
                 "client_id": _CLIENT_ID,
-                "scope": " ".join(scopes),
                 "refresh_token": key.credential.token,
             }
-            return await self._wire.send("POST", realm, {}, form=form | service)
+            scope = {"scope": " ".join(scopes)} if scopes else {}
+            return await self._wire.send("POST", realm, {}, tls=self._tls, form=form | service | scope)
         url = realm.copy_merge_params({**service, "scope": scopes})
         headers = {}
         if isinstance(key.credential, Password):
             url = url.copy_merge_params({"account": key.credential.username})
             headers["Authorization"] = _basic(key.credential)
-        return await self._wire.send("GET", url, headers)
+        return await self._wire.send("GET", url, headers, tls=self._tls)
 
     def _denial(self, answer: Answer, key: _Key) -> Exception:
         """What the answer means; its body is left out, for it may quote what was sent.
@@ -185,12 +214,17 @@ class Authenticator:
         """
         said = f"the token server {shown(answer.url)} answers {answer.status}"
         if answer.status in (400, 401, 403):
-            message = f"no access to {key.scope} for {_who(key.credential)}: {said}"
+            message = f"no access to {self._what(key)} for {_who(key.credential)}: {said}"
             return AccessDenied(message, remedy=_remedy(self._domain))
-        error = (RateLimited if answer.status == 429 else Unreachable)(f"no token for {key.scope}: {said}")
+        error = (RateLimited if answer.status == 429 else Unreachable)(
+            f"no token for {self._what(key)}: {said}"
+        )
         if answer.status not in RETRYABLE_STATUSES:
             return error
         return Again(error, retry_after_seconds(answer.headers.get("Retry-After")))
+
+    def _what(self, key: _Key) -> str:
+        return key.scope or self._domain
 
     def _parse(self, body: bytes, realm: httpx.URL, asked_at: float) -> _Token:
         try:
@@ -207,15 +241,11 @@ class Authenticator:
         return _Token(_bearer(text, self._domain), asked_at + seconds - _EARLY_SECONDS)
 
 
-def _key(challenge: Challenge, credential: Credential | None, repository: str) -> _Key:
+def _key(challenge: Challenge, credential: Credential | None, access: Access) -> _Key:
     realm, service = "", None
     if isinstance(challenge, BearerChallenge):
         realm, service = challenge.realm, challenge.service
-    return _Key(realm, service, credential, _scope(repository))
-
-
-def _scope(repository: str) -> str:
-    return f"repository:{repository}:pull"
+    return _Key(realm, service, credential, access.scope)
 
 
 def _who(credential: Credential | None) -> str:

@@ -14,10 +14,11 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)
 
 
 class Body(AsyncIterator[bytes]):
-    """Iterates over a blob from start to its end, asking anew from the last good byte when a body breaks off.
+    """Iterates over part of a blob, asking anew from the last good byte when a body breaks off.
 
     What a server sends for a range is believed only if it says that it is that range of a blob of that
-    size. A server that ignores ranges is read from the beginning again, and what is known is skipped.
+    size. A server that ignores ranges sends the blob from its beginning. If all of the rest is wanted, or part
+    of it is known already, what is not wanted is skipped; else it becomes the whole blob: `offset` is 0 then.
 
     Ownership: close it; at most one connection is in use.
     """
@@ -27,18 +28,23 @@ class Body(AsyncIterator[bytes]):
         send: Callable[[Mapping[str, str]], Awaitable[Answer]],
         descriptor: Descriptor,
         start: int,
+        stop: int | None,
         what: str,
         retry: Retry,
     ) -> None:
-        if not 0 <= start <= descriptor.size:
-            raise ValueError(f"{start} is no offset in {descriptor.size} bytes")
+        """stop: None for all of the rest."""
+        if not 0 <= start <= (descriptor.size if stop is None else stop) <= descriptor.size:
+            raise ValueError(f"{start} to {stop} is no part of {descriptor.size} bytes")
         self._send = send
         self._what = what
         self._size = descriptor.size
         self._retry = retry
         self._answer: Answer | None = None
+        #: Whether it may yet become the whole blob.
+        self._is_part = stop is not None
+        self._end = descriptor.size if stop is None else stop
         #: Of the blob: what was handed out, where the answer now is, and where it will end.
-        self._offset = start
+        self.offset = start
         self._position = start
         self._stop = start
         self._ranges = True
@@ -47,10 +53,10 @@ class Body(AsyncIterator[bytes]):
 
     async def open(self) -> None:
         """Ask for the blob. Nothing is asked for where there is nothing left to read."""
-        if self._offset == self._size:
+        if self.offset == self._end:
             return
-        ranged = self._offset > 0 and self._ranges
-        answer = await self._send({"Range": f"bytes={self._offset}-{self._size - 1}"} if ranged else {})
+        ranged = self._ranges and (self.offset > 0 or self._end < self._size)
+        answer = await self._send({"Range": f"bytes={self.offset}-{self._end - 1}"} if ranged else {})
         if answer.status == 400 and ranged:
             # Some registries refuse ranges outright (registry.md §1.9).
             self._ranges = False
@@ -64,12 +70,16 @@ class Body(AsyncIterator[bytes]):
         except _Unexpected:
             raise await answer.error(self._what) from None
         self._answer = answer
+        if self._is_part and self._position == 0 and self._stop == self._size:
+            self.offset, self._end = 0, self._size
+        self._is_part = False
 
     async def __anext__(self) -> bytes:
         while True:
+            if self.offset == self._end and (self._answer is None or self._stop > self._end):
+                await self.aclose()
+                raise StopAsyncIteration
             if self._answer is None:
-                if self._offset == self._size:
-                    raise StopAsyncIteration
                 await self.open()
             assert self._answer is not None
             try:
@@ -77,12 +87,10 @@ class Body(AsyncIterator[bytes]):
             except StopAsyncIteration:
                 await self.aclose()
                 if self._position < self._stop:
-                    await self._pause(
-                        Corrupt(f"{self._what} ends after {self._offset} of {self._size} bytes")
-                    )
+                    await self._pause(Corrupt(f"{self._what} ends after {self.offset} of {self._size} bytes"))
             except Unreachable as error:
                 await self.aclose()
-                if self._offset < self._size:
+                if self.offset < self._end:
                     await self._pause(error)
             else:
                 if piece:
@@ -116,18 +124,21 @@ class Body(AsyncIterator[bytes]):
     def _ranged(self, answer: Answer) -> tuple[int, int, int | None]:
         said = answer.headers.get_list("Content-Range")
         match = _CONTENT_RANGE.fullmatch(said[0]) if len(said) == 1 else None
-        if match is None or int(match[1]) != self._offset or not int(match[1]) <= int(match[2]) < self._size:
+        if match is None or int(match[1]) != self.offset or not int(match[1]) <= int(match[2]) < self._end:
             raise Corrupt(f"{self._what} comes as another range than was asked for")
         return int(match[1]), int(match[2]) + 1, None if match[3] == "*" else int(match[3])
 
     def _take(self, piece: bytes) -> bytes:
         """What of a piece is new. Raises: Corrupt if there is more than there should be."""
-        known = max(0, self._offset - self._position)
+        known = max(0, self.offset - self._position)
         self._position += len(piece)
         if self._position > self._stop:
             raise Corrupt(f"{self._what} is longer than the {self._size} bytes that its descriptor promises")
-        piece = piece[known:] if known else piece
-        self._offset += len(piece)
+        # What a server sends beyond what is wanted (of the whole blob, where a range broke off) is left out.
+        piece = (
+            piece[known : known + self._end - self.offset] if known or self._position > self._end else piece
+        )
+        self.offset += len(piece)
         if piece:
             self._failures = 0
         return piece

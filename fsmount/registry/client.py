@@ -1,22 +1,27 @@
-"""Repository: a Source that is one repository of a registry, spoken to by the distribution API."""
+"""Repository: a Source that is one repository, at the server that is its origin and at those that mirror it."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
-from fsmount.errors import Invalid, UsageError
+from fsmount.errors import FsmountError, Invalid, NotFound, Unreachable, UsageError
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Descriptor, essence
 from fsmount.oci.reference import Reference, is_tag
 from fsmount.oci.shape import Shape
 from fsmount.registry.body import Body
-from fsmount.registry.registry import Registry
-from fsmount.registry.source import LARGEST_MANIFEST, check, read_small
+from fsmount.registry.endpoint import Capability, Endpoint
+from fsmount.registry.referrers import list_referrers
+from fsmount.registry.remote import Remote
+from fsmount.registry.source import Bytes, check, read_small
 from fsmount.registry.urls import follow
 from fsmount.registry.wire import Answer
 
 _log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 # One header, and on HEAD too: docker-registry 2.8 says "not found" where a type is not accepted. Indexes must
 # be, or a registry may answer with one image of an index, and a digest that is not the tag's.
@@ -27,42 +32,127 @@ _LARGEST_PAGE = 16 * 1024 * 1024
 _MOST_PAGES = 1000
 
 
-class Repository:
-    """One repository; see Source for what its methods promise."""
+class _Distrusted(NamedTuple):
+    digest: Digest
+    endpoint: Endpoint
 
-    def __init__(self, registry: Registry, reference: Reference) -> None:
+
+class Repository:
+    """One repository; see Source for what its methods promise.
+
+    Its servers are asked in their order, a mirror that failed lately after all others, until one has what is
+    wanted. A mirror is a hint: that something does not exist, or may not be read, is believed of the origin alone,
+    and so is the list of tags.
+    """
+
+    def __init__(self, reference: Reference, remotes: Callable[[], Awaitable[list[Remote]]]) -> None:
+        """remotes: the servers as the administrator's files have them now."""
         self.name = reference.name
-        self._registry = registry
-        self._repository = reference.repository
+        self._remotes = remotes
+        self._distrusted: set[_Distrusted] = set()
+        self._served: dict[Digest, Remote] = {}
 
     async def tags(self) -> list[str]:
-        first = f"{self._repository}/tags/list?n={_PAGE}"
-        path: str | None = first
-        found: set[str] = set()
-        for _ in range(_MOST_PAGES):
-            if path is None:
-                break
-            page, path = await self._page(path)
-            if path is None and len(page) == _PAGE:
-                # Old registries page without saying so.
-                path = f"{first}&last={quote(page[-1], safe='')}"
-            if found.issuperset(page):
-                break  # nothing new: the end, or a loop
-            found.update(page)
-        else:
-            raise Invalid(f"{self.name} lists its tags on more than {_MOST_PAGES} pages")
-        odd = {tag for tag in found if not is_tag(tag)}
-        if odd:
-            _log.warning("%s lists %d tags that are none, like %.80a", self.name, len(odd), min(odd))
-        return sorted(found - odd)
+        return await self._origin(self._tags)
 
-    async def resolve(self, version: str | None) -> Descriptor:
+    async def resolve(self, version: str | None, *, known: Digest | None = None) -> Descriptor:
         version = version or "latest"
         asked = Digest.parse(version) if ":" in version else None
         if asked is None and not is_tag(version):
             raise UsageError(f"{version[:140]!r} is neither a tag nor a digest")
+        capability = Capability.PULL if asked else Capability.RESOLVE
+        return await self._first(capability, lambda remote: self._resolve(remote, version, asked, known))
+
+    async def manifest(self, digest: Digest) -> tuple[bytes, str | None]:
+        async def ask(remote: Remote) -> Answer:
+            return await self._document(remote, str(digest), digest, f"{self.name}@{digest}")
+
+        answer = await self._first(Capability.PULL, ask)
+        return answer.body, answer.headers.get("Content-Type")
+
+    @asynccontextmanager
+    async def blob(
+        self, descriptor: Descriptor, *, start: int = 0, stop: int | None = None
+    ) -> AsyncIterator[Bytes]:
+        digest = descriptor.digest
+        what = f"blob {digest} of {self.name}"
+
+        async def ask(remote: Remote, headers: Mapping[str, str]) -> Answer:
+            answer = await remote.send("GET", f"blobs/{digest}", what, headers=headers, signed=True)
+            if answer.status not in (200, 206, 400, 416):
+                raise await answer.error(what)
+            self._served[digest] = remote
+            return answer
+
+        async def send(headers: Mapping[str, str]) -> Answer:
+            return await self._first(Capability.PULL, lambda remote: ask(remote, headers), digest=digest)
+
+        retry = (await self._remotes())[0].server.retry
+        async with aclosing(Body(send, descriptor, start, stop, what, retry)) as body:
+            await body.open()
+            yield body
+
+    async def small_blob(self, descriptor: Descriptor) -> bytes:
+        return await read_small(self, descriptor)
+
+    def distrust(self, descriptor: Descriptor) -> bool:
+        remote = self._served.pop(descriptor.digest, None)
+        if remote is None or remote.endpoint.is_origin:
+            return False
+        _log.error("what %s sent of %s was something else", remote.server.domain, descriptor.digest)
+        self._distrusted.add(_Distrusted(descriptor.digest, remote.endpoint))
+        return True
+
+    async def referrers(self, digest: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        return await self._origin(lambda remote: list_referrers(remote, digest, artifact_type))
+
+    async def _origin(self, ask: Callable[[Remote], Awaitable[_Result]]) -> _Result:
+        remotes = await self._remotes()
+        return await ask(next(remote for remote in remotes if remote.endpoint.is_origin))
+
+    async def _first(
+        self,
+        capability: Capability,
+        ask: Callable[[Remote], Awaitable[_Result]],
+        *,
+        digest: Digest | None = None,
+    ) -> _Result:
+        """The answer of the first server that has one. Raises: what the origin, else the last, raised."""
+        remotes = [
+            remote
+            for remote in await self._remotes()
+            if capability in remote.endpoint.capabilities
+            and (digest is None or _Distrusted(digest, remote.endpoint) not in self._distrusted)
+        ]
+        remotes.sort(key=lambda remote: not remote.server.health.is_good)  # in order otherwise
+        failure: FsmountError | None = None
+        origins_failure: FsmountError | None = None
+        for remote in remotes:
+            try:
+                return await ask(remote)
+            except FsmountError as error:
+                if remote.endpoint.is_origin:
+                    if not error.transient:
+                        raise
+                    origins_failure = error
+                else:
+                    _log.info("mirror %s: %s", remote.server.domain, error.message)
+                failure = error
+        failure = origins_failure or failure
+        raise failure or Unreachable(
+            f"no server may be asked for this of {self.name}",
+            remedy="See the capabilities of its hosts.toml.",
+        )
+
+    async def _resolve(
+        self, remote: Remote, version: str, asked: Digest | None, known: Digest | None
+    ) -> Descriptor:
         what = f"{self.name}{'@' if asked else ':'}{version}"
-        answer = await self._manifest("HEAD", version, what)
+        headers = {"If-None-Match": f'"{known}"'} if known else {}
+        answer = await self._manifest(remote, "HEAD", version, what, headers)
+        if answer.status == 304 and known:
+            await answer.aclose()
+            return Descriptor(media_type="", digest=known, size=0, annotations={})
         if answer.status in (401, 404):
             raise await answer.error(what)
         digest = asked or _digest(answer)
@@ -71,52 +161,55 @@ class Repository:
         # The rest is for GET to tell: HEAD has no error body, may be refused (405, or 403 where a signed URL
         # is for GET only), and older registries leave out what we need.
         await answer.aclose()
-        answer = await self._document(version, asked, what)
+        answer = await self._document(remote, version, asked, what)
         return _descriptor(answer, asked or Digest.of(answer.body), len(answer.body))
 
-    async def manifest(self, digest: Digest) -> tuple[bytes, str | None]:
-        answer = await self._document(str(digest), digest, f"{self.name}@{digest}")
-        return answer.body, answer.headers.get("Content-Type")
-
-    @asynccontextmanager
-    async def blob(self, descriptor: Descriptor, *, start: int = 0) -> AsyncIterator[AsyncIterator[bytes]]:
-        path = f"{self._repository}/blobs/{descriptor.digest}"
-        what = f"blob {descriptor.digest} of {self.name}"
-
-        async def send(headers: Mapping[str, str]) -> Answer:
-            return await self._send("GET", path, what, headers)
-
-        async with aclosing(Body(send, descriptor, start, what, self._registry.retry)) as body:
-            await body.open()
-            yield body
-
-    async def small_blob(self, descriptor: Descriptor) -> bytes:
-        return await read_small(self, descriptor)
-
-    async def _send(
-        self, method: str, path: str, what: str, headers: Mapping[str, str], limit: int | None = None
+    async def _manifest(
+        self, remote: Remote, method: str, version: str, what: str, headers: Mapping[str, str]
     ) -> Answer:
-        return await self._registry.send(
-            method, path, repository=self._repository, what=what, headers=headers, limit=limit
+        limit = remote.server.limits.manifest_bytes
+        return await remote.send(
+            method, f"manifests/{version}", what, headers={**_ACCEPT, **headers}, limit=limit
         )
 
-    async def _manifest(self, method: str, version: str, what: str) -> Answer:
-        path = f"{self._repository}/manifests/{version}"
-        return await self._send(method, path, what, _ACCEPT, LARGEST_MANIFEST)
-
-    async def _document(self, version: str, digest: Digest | None, what: str) -> Answer:
+    async def _document(self, remote: Remote, version: str, digest: Digest | None, what: str) -> Answer:
         """A manifest as the body of its answer, checked against the digest if that is known."""
-        answer = await self._manifest("GET", version, what)
+        answer = await self._manifest(remote, "GET", version, what, {})
         if answer.status != 200:
             raise await answer.error(what)
         if digest:
             check(answer.body, digest, what)
         return answer
 
-    async def _page(self, path: str) -> tuple[list[str], str | None]:
+    async def _tags(self, remote: Remote) -> list[str]:
+        first = f"tags/list?n={_PAGE}"
+        try:
+            page, path = await self._page(remote, first)
+        except NotFound:
+            # zuul-registry has no such page if it is asked with a query.
+            page, path = await self._page(remote, "tags/list")
+        found: set[str] = set()
+        for _ in range(_MOST_PAGES):
+            if found.issuperset(page):
+                break  # nothing new: the end, or a loop
+            found.update(page)
+            if path is None and len(page) == _PAGE:
+                # Old registries page without saying so.
+                path = f"{first}&last={quote(page[-1], safe='')}"
+            if path is None:
+                break
+            page, path = await self._page(remote, path)
+        else:
+            raise Invalid(f"{self.name} lists its tags on more than {_MOST_PAGES} pages")
+        odd = {tag for tag in found if not is_tag(tag)}
+        if odd:
+            _log.warning("%s lists %d tags that are none, like %.80a", self.name, len(odd), min(odd))
+        return sorted(found - odd)
+
+    async def _page(self, remote: Remote, path: str) -> tuple[list[str], str | None]:
         """One page of tags, and the URL of the next."""
         what = f"the list of tags of {self.name}"
-        answer = await self._send("GET", path, what, {}, _LARGEST_PAGE)
+        answer = await remote.send("GET", path, what, limit=_LARGEST_PAGE)
         if answer.status != 200:
             raise await answer.error(what)
         # Some registries write null for an empty list.

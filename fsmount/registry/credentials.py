@@ -1,192 +1,242 @@
-"""Who we are at which registry, as docker's config.json says."""
+"""Credentials: who we are at which registry, by the configuration and the files and programs that others use.
 
-import base64
-import binascii
-import json
+The places are asked in this order, and the first that has something for a registry is believed:
+
+1. `[registries."host:port"]` of our configuration;
+2. `registry-auth`, a file of docker's form that systemd hands over: `LoadCredential=registry-auth:FILE`;
+3. `DOCKER_AUTH_CONFIG`, the same as a text;
+4. the file that `REGISTRY_AUTH_FILE` names, and then no further one, be it there or not;
+5. podman's: `$XDG_RUNTIME_DIR/containers/auth.json`, `~/.config/containers/auth.json`;
+6. docker's `config.json`, and what older ones left as `~/.dockercfg`.
+
+Within a file: the helper that `credHelpers` names for the registry, and nothing else if there is one; the longest
+key of `auths`; the helper of all registries, `credsStore`. Other than skopeo 1.9 we read credsStore, plain
+`username` and `password`, and tokens without `auth`; it goes on behind REGISTRY_AUTH_FILE, as later ones do not;
+and where it takes a broken entry for none, we say so.
+"""
+
+import enum
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
-import trio
-
-from fsmount.errors import UsageError
+from fsmount import config as configuration
+from fsmount.errors import FsmountError, UsageError
+from fsmount.registry.authfile import AuthFile, helper_keys, normal_key
+from fsmount.registry.credential import Credential, from_login
+from fsmount.registry.helpers import Helpers
+from fsmount.registry.places import Place, file_places, home_folder, systemd_place
+from fsmount.registry.watched import WatchedFile
 
 _log = logging.getLogger(__name__)
 
-#: How old an answer may be that was given without looking at the file again.
-_FRESH_SECONDS = 5.0
-_LARGEST_FILE = 1024 * 1024
-_HUB_NAMES = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"})
+
+class Result(enum.Enum):
+    """What a place had to say."""
+
+    UNSET = "not set"
+    ABSENT = "does not exist"
+    NOTHING = "has nothing for it"
+    USED = "is used"
+    NOT_ASKED = "is not asked"
 
 
 @dataclass(frozen=True, slots=True)
-class Password:
-    """A user and a password, for Basic, or to be exchanged for a token."""
+class Match:
+    """What a place has for a repository; a credential of None is to be anonymous there, on purpose."""
 
-    username: str
-    password: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class IdentityToken:
-    """A refresh token, to be exchanged for an access token by POST."""
-
-    token: str = field(repr=False)
+    credential: Credential | None
+    #: The part of the registry that it is for.
+    key: str
+    #: The program that has it; None is the place itself.
+    helper: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class RegistryToken:
-    """An access token, ready for use."""
+class Step:
+    """One place, and what it had to say."""
 
-    token: str = field(repr=False)
+    source: str
+    where: str
+    result: Result
 
 
-Credential = Password | IdentityToken | RegistryToken
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All places in their order, and what came of them; a match of None: nobody has credentials."""
+
+    steps: tuple[Step, ...]
+    match: Match | None
 
 
-class DockerConfig:
-    """The file of `docker login`; read again when it was replaced or changed.
+#: Asks a place for a domain and a repository, perhaps afresh.
+_Ask = Callable[[str, str, bool], Awaitable[Match | Result]]
 
-    Credential helpers are not asked: their registries are used anonymously, which is logged once each.
-    """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path or _default_path()
-        self._stamp: tuple[int, int, int] | None = None
-        self._entries = _Entries({}, frozenset(), has_store=False)
-        self._read_at = float("-inf")
+class Credentials:
+    """Finds the credential for a repository; what was changed meanwhile is noticed within seconds."""
+
+    def __init__(
+        self,
+        registries: Mapping[str, configuration.Registry] = MappingProxyType({}),
+        *,
+        environ: Mapping[str, str] = os.environ,
+        home: Path | None = None,
+        uid: int | None = None,
+        run: Path = Path("/run"),
+    ) -> None:
+        """registries: what the configuration says, by `host[:port]`.
+
+        home is that of uid, and uid ours, unless they are given. Touches neither files nor programs.
+        """
+        uid = os.geteuid() if uid is None else uid
+        home = home or home_folder(environ, uid)
+        self._registries = registries
+        self._environ = environ
+        self._helpers = Helpers(environ, home)
+        self._passwords: dict[Path, WatchedFile[str]] = {}
         self._warned: set[str] = set()
+        #: Source, where it is, and how to ask it; in the order of asking.
+        self._places: list[tuple[str, str, _Ask]] = [
+            ("configuration", "[registries]", self._ask_configuration)
+        ]
+        self._add_file(systemd_place(environ))
+        self._places.append(("DOCKER_AUTH_CONFIG", "DOCKER_AUTH_CONFIG", self._ask_variable))
+        for place in file_places(environ, home, uid, run):
+            self._add_file(place)
 
     async def find(self, domain: str, repository: str, *, fresh: bool = False) -> Credential | None:
-        """The credential for a repository, by the longest matching key; None is anonymous.
+        """The credential for a repository at `host[:port]`; None is anonymous.
 
-        fresh: look at the file even if it was looked at a moment ago; for use after a refusal.
+        fresh: look at files and ask helpers again, even if that was done a moment ago; for use after a refusal.
 
-        Raises: UsageError, naming the file, if it or the matching entry is broken.
+        Raises: UsageError, naming the place, if it is broken or cannot be read; Unreachable, DeadlineExpired,
+            if a helper fails.
         """
-        now = trio.current_time()
-        if fresh or now - self._read_at > _FRESH_SECONDS:
-            await trio.to_thread.run_sync(self._refresh)
-            self._read_at = now
-        for key in _keys(domain, repository):
-            entry = self._entries.auths.get(key)
-            credential = _credential(entry, f"{self.path}, entry {key}") if entry is not None else None
-            if credential is not None:
-                return credential
-        if self._entries.has_store or domain in self._entries.helped:
-            self._warn_of_helper(domain)
-        return None
+        match = (await self._search(domain, repository, fresh)).match
+        return match.credential if match else None
 
-    def _refresh(self) -> None:
-        """Runs in a thread. A missing file is an empty one."""
+    async def explain(self, domain: str, repository: str) -> Explanation:
+        """How the credential for a repository is found. Raises: as find."""
+        return await self._search(domain, repository, fresh=True)
+
+    async def _search(self, domain: str, repository: str, fresh: bool) -> Explanation:
+        domain = normal_key(domain)
+        steps: list[Step] = []
+        match: Match | None = None
+        for source, where, ask in self._places:
+            answer = Result.NOT_ASKED if match else await ask(domain, repository, fresh)
+            if isinstance(answer, Match):
+                match, answer = answer, Result.USED
+            steps.append(Step(source, where, answer))
+        return Explanation(tuple(steps), match)
+
+    def _add_file(self, place: Place) -> None:
+        path = place.path
+        if path is None:
+            self._places.append((place.source, place.where, _unset))
+            return
+        file = WatchedFile(
+            path,
+            lambda data: AuthFile.parse(data, str(path), flat=place.flat),
+            has_secrets=lambda content: content.has_secrets,
+            is_asked_for=place.is_asked_for,
+        )
+
+        async def ask(domain: str, repository: str, fresh: bool) -> Match | Result:
+            content = await file.load(fresh=fresh)
+            if content is None:
+                return Result.ABSENT
+            return await self._search_in(content, domain, repository, fresh)
+
+        self._places.append((place.source, place.where, ask))
+
+    async def _ask_configuration(self, domain: str, repository: str, fresh: bool) -> Match | Result:
+        table = self._registries.get(domain)
+        if table is None:
+            return Result.NOTHING
+        if table.anonymous:
+            return Match(None, domain)
+        if table.helper is not None:
+            return await self._help(table.helper, domain, "the configuration", fresh)
+        if table.username is not None and table.password_file is not None:
+            password = await self._password(table.password_file, domain, fresh)
+            return Match(from_login(table.username, password), domain)
+        return Result.NOTHING
+
+    async def _ask_variable(self, domain: str, repository: str, fresh: bool) -> Match | Result:
+        """DOCKER_AUTH_CONFIG. Who set it is often not who runs us: what is broken in it counts as absent."""
+        text = self._environ.get("DOCKER_AUTH_CONFIG")
+        if not text:
+            return Result.UNSET
         try:
-            status = self.path.stat()
-            stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
-            if stamp != self._stamp:
-                with self.path.open("rb") as file:
-                    self._entries = _parse(file.read(_LARGEST_FILE + 1), self.path)
-                self._stamp = stamp
-        except (FileNotFoundError, NotADirectoryError):
-            self._entries, self._stamp = _Entries({}, frozenset(), has_store=False), None
-        except OSError as error:
-            raise UsageError(
-                f"the credentials in {self.path} cannot be read: {error.strerror}",
-                remedy="Make the file readable, or let DOCKER_CONFIG name another folder.",
-            ) from error
+            content = AuthFile.parse(text.encode(errors="surrogateescape"), "DOCKER_AUTH_CONFIG")
+            return await self._search_in(content, domain, repository, fresh)
+        except UsageError as error:
+            self._warn(f"{error.message}: going on without")
+            return Result.NOTHING
 
-    def _warn_of_helper(self, domain: str) -> None:
-        if domain not in self._warned:
-            self._warned.add(domain)
-            _log.warning(
-                "%s leaves the credentials of %s to a helper program, which is not asked: going on without",
-                self.path,
-                domain,
-            )
+    async def _search_in(
+        self, content: AuthFile, domain: str, repository: str, fresh: bool
+    ) -> Match | Result:
+        own = content.helpers.get(domain)
+        if own:
+            return await self._help(own, domain, content.origin, fresh)
+        if found := content.find(domain, repository):
+            return Match(found[1], found[0])
+        if content.store and own is None:
+            # It is for all registries: that it is missing on a server must not keep public images from it.
+            if self._helpers.is_installed(content.store):
+                return await self._help(content.store, domain, content.origin, fresh)
+            self._warn(f"{content.origin} names docker-credential-{content.store}, which is not installed")
+        return Result.NOTHING
+
+    async def _help(self, helper: str, domain: str, origin: str, fresh: bool) -> Match | Result:
+        for key in helper_keys(domain):
+            try:
+                credential = await self._helpers.get(helper, key, fresh=fresh)
+            except FsmountError as error:
+                raise type(error)(f"{origin}: {error.message}", remedy=error.remedy) from error
+            if credential is not None:
+                return Match(credential, key, f"docker-credential-{helper}")
+        return Result.NOTHING
+
+    async def _password(self, path: Path, domain: str, fresh: bool) -> str:
+        """The content of a password file; a bare name is that of a systemd credential."""
+        if not path.is_absolute():
+            folder = self._environ.get("CREDENTIALS_DIRECTORY")
+            if not folder:
+                raise UsageError(
+                    f"the password for {domain} is in the systemd credential {path}, and systemd gave us none",
+                    remedy=f"Add LoadCredential={path}:FILE to the service, or write password_file as a full path.",
+                )
+            path = Path(folder) / path
+        file = self._passwords.setdefault(path, WatchedFile(path, partial(_parse_password, path=path)))
+        password = await file.load(fresh=fresh)
+        if password is None:
+            raise UsageError(f"the password for {domain} is to be in {path}, which does not exist")
+        return password
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.warning("%s", text)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entries:
-    """The file as it matters: its `auths` by normal key, and which registries have helpers."""
-
-    auths: Mapping[str, Mapping[str, Any]] = field(repr=False)
-    helped: frozenset[str]
-    has_store: bool
-
-
-def _default_path() -> Path:
-    folder = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
-    return Path(folder) / "config.json"
-
-
-def _keys(domain: str, repository: str) -> list[str]:
-    """containers-auth.json(5): h/a/b, h/a, h; the most specific key wins."""
-    words = [domain, *repository.split("/")]
-    return ["/".join(words[:count]) for count in range(len(words), 0, -1)]
-
-
-def _parse(data: bytes, path: Path) -> _Entries:
-    # The file holds secrets: no message may quote it, and none of json's is chained.
+def _parse_password(data: bytes, *, path: Path) -> str:
+    """The whole file but the end of its last line."""
     try:
-        content = json.loads(data.decode("utf-8")) if len(data) <= _LARGEST_FILE else None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise _broken(str(path), "it is no JSON object")
-    auths = content.get("auths") or {}
-    helpers = content.get("credHelpers") or {}
-    if not isinstance(auths, dict) or not isinstance(helpers, dict):
-        raise _broken(str(path), "auths and credHelpers must be objects")
-    normal: dict[str, Mapping[str, Any]] = {}
-    # Keys without a scheme last: they are of today, and win over URLs that older tools left.
-    for key in sorted(auths, key=lambda key: "://" not in key):
-        if not isinstance(auths[key], dict):
-            raise _broken(str(path), "a member of auths is no object")
-        normal[_normal_key(key)] = auths[key]
-    return _Entries(normal, frozenset(map(_normal_key, helpers)), has_store=bool(content.get("credsStore")))
+        password = data.decode().removesuffix("\n").removesuffix("\r")
+    except ValueError:
+        password = ""
+    if not password:
+        raise UsageError(f"{path} holds no password: it must be one line of UTF-8")
+    return password
 
 
-def _normal_key(key: str) -> str:
-    """Legacy keys are URLs, of which the host counts; others may name a part of a registry."""
-    _, scheme, rest = key.rpartition("://")
-    rest = rest.rstrip("/")
-    host, _, path = rest.partition("/")
-    if host in _HUB_NAMES:
-        host = "docker.io"
-    return host if scheme or path in ("", "v1", "v2") else f"{host}/{path}"
-
-
-def _credential(entry: Mapping[str, Any], where: str) -> Credential | None:
-    """None for an empty entry: a mark that a helper keeps this one."""
-    texts = {key: entry.get(key) or "" for key in _FIELDS}
-    if not all(isinstance(text, str) for text in texts.values()):
-        raise _broken(where, "its fields must be strings")
-    if texts["registrytoken"]:
-        return RegistryToken(texts["registrytoken"])
-    if texts["identitytoken"]:
-        return IdentityToken(texts["identitytoken"])
-    if texts["auth"]:
-        return _decode(texts["auth"], where)
-    if texts["username"]:
-        return Password(texts["username"], texts["password"])
-    return None
-
-
-_FIELDS = ("auth", "username", "password", "identitytoken", "registrytoken")
-
-
-def _decode(auth: str, where: str) -> Password:
-    try:
-        text = base64.b64decode(auth, validate=True).rstrip(b"\0").decode("utf-8")
-    except (binascii.Error, ValueError):
-        text = ""
-    username, colon, password = text.partition(":")
-    if not colon:
-        raise _broken(where, "auth must be the base64 form of user:password")
-    return Password(username, password)
-
-
-def _broken(where: str, reason: str) -> UsageError:
-    return UsageError(f"broken credentials in {where}: {reason}", remedy="docker login writes a good one.")
+async def _unset(domain: str, repository: str, fresh: bool) -> Match | Result:
+    return Result.UNSET

@@ -5,16 +5,17 @@ import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import Self, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
 from fsmount.errors import AccessDenied, Corrupt, FsmountError, Invalid, NotFound, UsageError
 from fsmount.oci.digest import Digest
-from fsmount.oci.manifest import OCI_INDEX, Descriptor, Index, parse_manifest
+from fsmount.oci.manifest import OCI_INDEX, OCI_MANIFEST, Descriptor, Index, Manifest, parse_manifest
 from fsmount.oci.reference import Reference, is_tag
-from fsmount.registry.source import LARGEST_MANIFEST, check, read_small
+from fsmount.registry.source import LARGEST_MANIFEST, Bytes, check, read_small
 
 #: Of index.json: the only name an image has. `docker save` writes full names, others a tag.
 _NAME = "org.opencontainers.image.ref.name"
@@ -49,7 +50,7 @@ class Layout:
         index = await self._load_index()
         return sorted({name for entry in index.manifests for name in _names(entry) if is_tag(name)})
 
-    async def resolve(self, version: str | None) -> Descriptor:
+    async def resolve(self, version: str | None, *, known: Digest | None = None) -> Descriptor:
         index = await self._load_index()
         if version is not None and version.startswith(("sha256:", "sha512:")):
             return await self._by_digest(index, Digest.parse(version))
@@ -80,16 +81,33 @@ class Layout:
         return data, said
 
     @asynccontextmanager
-    async def blob(self, descriptor: Descriptor, *, start: int = 0) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def blob(
+        self, descriptor: Descriptor, *, start: int = 0, stop: int | None = None
+    ) -> AsyncIterator[Bytes]:
         what = f"blob {descriptor.digest} of {self.name}"
         async with self._open_blob(descriptor.digest, what) as (fd, size):
             if size != descriptor.size:
                 raise Corrupt(f"{what} has {size} bytes, not the {descriptor.size} of its descriptor")
-            async with aclosing(self._pieces(fd, start, size, what)) as pieces:
+            stop = size if stop is None else stop
+            async with aclosing(_Pieces(start, self._pieces(fd, start, stop, what))) as pieces:
                 yield pieces
 
     async def small_blob(self, descriptor: Descriptor) -> bytes:
         return await read_small(self, descriptor)
+
+    def distrust(self, descriptor: Descriptor) -> bool:
+        return False  # there is nowhere else to look
+
+    async def referrers(self, digest: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        found = {}
+        for entry in (await self._load_index()).manifests:
+            if entry.media_type != OCI_MANIFEST or entry.size > LARGEST_MANIFEST:
+                continue
+            manifest = parse_manifest(*await self.manifest(entry.digest))
+            if isinstance(manifest, Manifest) and manifest.subject and manifest.subject.digest == digest:
+                kind = manifest.artifact_type or manifest.config.media_type
+                found[entry.digest] = replace(entry, artifact_type=kind, annotations=manifest.annotations)
+        return [entry for entry in found.values() if artifact_type in (None, entry.artifact_type)]
 
     @asynccontextmanager
     async def _open_blob(self, digest: Digest, what: str) -> AsyncIterator[tuple[int, int]]:
@@ -102,13 +120,13 @@ class Layout:
         finally:
             os.close(fd)
 
-    async def _pieces(self, fd: int, start: int, size: int, what: str) -> AsyncGenerator[bytes, None]:
+    async def _pieces(self, fd: int, start: int, stop: int, what: str) -> AsyncGenerator[bytes, None]:
         offset = start
-        while offset < size:
+        while offset < stop:
             with _named(what):
-                piece = await self._in_thread(os.pread, fd, _PIECE, offset)
+                piece = await self._in_thread(os.pread, fd, min(_PIECE, stop - offset), offset)
             if not piece:
-                raise Corrupt(f"{what} ends after {offset} of {size} bytes")
+                raise Corrupt(f"{what} ends after {offset} of {stop} bytes")
             offset += len(piece)
             yield piece
 
@@ -130,6 +148,23 @@ class Layout:
                 return entry
         async with self._open_blob(digest, f"manifest {digest} of {self.name}") as (_, size):
             return Descriptor(media_type="", digest=digest, size=size, annotations={})
+
+
+class _Pieces:
+    """An iterator of pieces that tells where the first of them begins."""
+
+    def __init__(self, offset: int, pieces: AsyncGenerator[bytes, None]) -> None:
+        self.offset = offset
+        self._pieces = pieces
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._pieces)
+
+    async def aclose(self) -> None:
+        await self._pieces.aclose()
 
 
 _Stamp = tuple[int, int, int]

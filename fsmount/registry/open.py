@@ -1,5 +1,8 @@
 """From a parsed reference to its Source."""
 
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -8,13 +11,17 @@ import trio
 
 from fsmount.oci.reference import LayoutReference, Reference
 from fsmount.registry.client import Repository
-from fsmount.registry.credentials import DockerConfig
+from fsmount.registry.credentials import Credentials
+from fsmount.registry.endpoint import Capability, Endpoint
+from fsmount.registry.hosts import Hosts, default_bases
 from fsmount.registry.layout import Layout
-from fsmount.registry.registry import Registry
+from fsmount.registry.proxies import Proxies
+from fsmount.registry.remote import Remote
 from fsmount.registry.retry import Retry
+from fsmount.registry.server import RateLimit, Server
 from fsmount.registry.source import Source
-from fsmount.registry.transport import Timeouts, new_transport
-from fsmount.registry.wire import Wire
+from fsmount.registry.transport import Timeouts, Transports
+from fsmount.registry.wire import Limits, Wire
 
 _CLOSE_SECONDS = 5.0
 
@@ -28,31 +35,39 @@ class Sources:
     def __init__(
         self,
         *,
-        plain_http: frozenset[str] = frozenset(),
+        hosts: Hosts | None = None,
         timeouts: Timeouts | None = None,
+        limits: Limits | None = None,
         retry: Retry | None = None,
-        credentials: DockerConfig | None = None,
+        credentials: Credentials | None = None,
+        proxies: Proxies | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """plain_http: the registries (`host[:port]`) that are spoken to without TLS.
+        """What is not given is as this user and this machine have it. transport replaces the network, for tests.
 
-        transport replaces the network, for tests.
+        Raises: UsageError (a proxy).
         """
-        self._plain_http = plain_http
+        self._hosts = hosts or Hosts()
         self._retry = retry or Retry()
-        self._credentials = credentials or DockerConfig()
-        self._transport = transport or new_transport()
-        self._wire = Wire(self._transport, timeouts or Timeouts())
-        self._registries: dict[str, Registry] = {}
+        self._credentials = credentials or Credentials()
+        self._transports = Transports(proxies or Proxies.from_environment(os.environ), network=transport)
+        self._wire = Wire(self._transports, timeouts or Timeouts(), limits or Limits())
+        self._servers: dict[Endpoint, Server] = {}
+        self._nursery_manager = trio.open_nursery()
+        self._nursery: trio.Nursery | None = None
 
     async def __aenter__(self) -> Self:
+        self._nursery = await self._nursery_manager.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+        await self._nursery_manager.__aexit__(None, None, None)
         with trio.CancelScope(deadline=trio.current_time() + _CLOSE_SECONDS, shield=True):
-            await self._transport.aclose()
+            await self._transports.aclose()
 
     def open(self, reference: Reference | LayoutReference) -> Source:
         """The source of a reference, whose version does not matter. Touches neither network nor disk.
@@ -61,14 +76,36 @@ class Sources:
         """
         if isinstance(reference, LayoutReference):
             return Layout(reference.path)
-        return Repository(self._registry(reference.domain), reference)
+        default_bases(reference.domain)
 
-    def _registry(self, domain: str) -> Registry:
-        registry = self._registries.get(domain)
-        if registry is None:
-            plain_http = domain in self._plain_http
-            registry = Registry(
-                domain, self._wire, self._credentials, plain_http=plain_http, retry=self._retry
-            )
-            self._registries[domain] = registry
-        return registry
+        async def remotes() -> list[Remote]:
+            return await self.remotes(reference)
+
+        return Repository(reference, remotes)
+
+    async def remotes(self, reference: Reference) -> list[Remote]:
+        """The servers of a repository, in the order of asking.
+
+        A mirror that has failed, and rested, is asked in the background whether it is back.
+
+        Raises: UsageError (a malformed file), AccessDenied (the repository is blocked).
+        """
+        endpoints = self._hosts.endpoints(reference.domain, reference.repository)
+        remotes = [Remote(self._server(endpoint), endpoint) for endpoint in endpoints]
+        for remote in remotes:
+            if len(remotes) > 1 and self._nursery is not None and remote.server.health.take_probe():
+                self._nursery.start_soon(remote.server.probe)
+        return remotes
+
+    def rate_limits(self) -> Mapping[str, RateLimit]:
+        """What servers have said of the pulls that are left, by their names."""
+        servers = self._servers.values()
+        return {server.domain: server.rate_limit for server in servers if server.rate_limit}
+
+    def _server(self, endpoint: Endpoint) -> Server:
+        """One for all repositories on it."""
+        key = replace(endpoint, repository="", namespace=None, capabilities=Capability.ALL, is_origin=False)
+        server = self._servers.get(key)
+        if server is None:
+            server = self._servers[key] = Server(key, self._wire, self._credentials, retry=self._retry)
+        return server

@@ -8,6 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 import trio
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from fsmount.errors import FsmountError
 
@@ -41,21 +42,34 @@ class Retry:
 
         Raises: the error of the last Again, and at once whatever else attempt raises.
         """
-        failures = 0
-        while True:
-            try:
-                return await attempt()
-            except Again as again:
-                failures += 1
-                asked = again.after_seconds or 0.0
-                if failures >= self.tries or asked > self.longest_asked_seconds:
-                    raise again.error from again.error.__cause__
-            await trio.sleep(max(asked, self.pause_seconds(failures)))
+
+        async def once() -> T:
+            return await attempt()  # tenacity would take the coroutine of a lambda for its result
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(self._is_worth_waiting),
+            stop=stop_after_attempt(self.tries),
+            wait=self._wait_seconds,
+            sleep=trio.sleep,
+            reraise=True,
+        )
+        try:
+            return await retrying(once)
+        except Again as again:
+            raise again.error from again.error.__cause__
 
     def pause_seconds(self, failures: int) -> float:
         """How long to wait after so many failures in a row."""
         pause = min(self.first_pause_seconds * 2.0 ** (failures - 1), self.longest_pause_seconds)
         return pause * random.uniform(0.75, 1.25)
+
+    def _is_worth_waiting(self, error: BaseException) -> bool:
+        return isinstance(error, Again) and (error.after_seconds or 0.0) <= self.longest_asked_seconds
+
+    def _wait_seconds(self, state: RetryCallState) -> float:
+        error = state.outcome and state.outcome.exception()
+        asked = error.after_seconds if isinstance(error, Again) else None
+        return max(asked or 0.0, self.pause_seconds(state.attempt_number))
 
 
 def retry_after_seconds(value: str | None) -> float | None:

@@ -16,6 +16,21 @@ LARGEST_MANIFEST = 4 * 1024 * 1024
 _HOUSEKEEPING = re.compile(r"sha256-[0-9a-f]{64}(\.[a-z]+)?")
 
 
+class Bytes(Protocol):
+    """An iterator of pieces of a blob."""
+
+    @property
+    def offset(self) -> int:
+        """Where in the blob the first piece begins: 0 if the whole blob comes instead of the part asked for.
+
+        Only before the first piece was taken.
+        """
+        ...
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    async def __anext__(self) -> bytes: ...
+
+
 class Source(Protocol):
     """One repository of a registry, or one layout folder.
 
@@ -32,11 +47,12 @@ class Source(Protocol):
         """All tags, sorted, each once; also those of housekeeping."""
         ...
 
-    async def resolve(self, version: str | None) -> Descriptor:
+    async def resolve(self, version: str | None, *, known: Digest | None = None) -> Descriptor:
         """What a tag or a digest (`sha256:…`) stands for now; None is `latest`, or a layout's only image.
 
-        Asked with HEAD where possible: a GET counts as a pull on Docker Hub. media_type and size are as
-        the source said them (the type may be unusable, or empty); `manifest` verifies the bytes.
+        Asked with HEAD where possible: a GET counts as a pull on Docker Hub. known is what it stood for when
+        it was last asked. media_type and size are as the source said them (the type may be unusable, or
+        empty, and the size 0, when it only said that nothing has changed); `manifest` verifies the bytes.
         """
         ...
 
@@ -45,14 +61,28 @@ class Source(Protocol):
         ...
 
     def blob(
-        self, descriptor: Descriptor, *, start: int = 0
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        self, descriptor: Descriptor, *, start: int = 0, stop: int | None = None
+    ) -> AbstractAsyncContextManager[Bytes]:
         """The bytes of a blob from start to its end, in pieces as they come. Not verified: the caller hashes.
+
+        With a stop, no more is wanted than what lies before it; but a server that knows no ranges sends the
+        whole blob, and then the pieces are that: see `Bytes.offset`.
 
         A body that breaks off is resumed at the last good byte. Leaving the context closes the connection.
 
         Raises: Corrupt, while iterating, if the blob's length is not descriptor.size.
         """
+        ...
+
+    def distrust(self, descriptor: Descriptor) -> bool:
+        """Says that what came of this blob was not what its digest names.
+
+        True if it came from a place that is not asked for it any more, and others remain to be asked.
+        """
+        ...
+
+    async def referrers(self, digest: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        """The manifests here that have this one as their subject, perhaps of one type only; none is no error."""
         ...
 
     async def small_blob(self, descriptor: Descriptor) -> bytes:

@@ -1,48 +1,158 @@
 """How bytes get to and from a server: TLS trust, connection reuse, deadlines and large reads."""
 
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
 
 import httpcore
 import httpx
 import trio
 
+from fsmount.errors import UsageError
+from fsmount.registry.endpoint import Tls
+from fsmount.registry.proxies import Proxies
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long a server may stay silent before it counts as gone. There is no limit on a whole download."""
+    """How long a server may stay silent, and how slow it may be, before it counts as gone."""
 
     connect_seconds: float = 10.0
     #: For the first byte of an answer, and for each further piece of it.
     stall_seconds: float = 30.0
+    #: For a whole body: so long, and a second more for every KiB that comes. No download is too large,
+    #: but a server that drips is dead.
+    body_seconds: float = 60.0
 
 
-def new_transport() -> httpx.AsyncBaseTransport:
-    """A pool of HTTP/1.1 connections that trusts what the system trusts.
+class Transports:
+    """A pool of connections for each way to reach servers: whom to trust, and through which proxy.
 
     HTTP/2 is left out on purpose: one loopback stream gave 79 MB/s against 236 (codecs-and-cache.md).
-    Environment proxies too: httpx's reading of NO_PROXY is not what users of Go programs expect.
+    httpx's own reading of the environment too: its NO_PROXY is not what users of Go programs expect.
+
+    Ownership: `aclose` closes every connection.
     """
+
+    def __init__(self, proxies: Proxies, *, network: httpx.AsyncBaseTransport | None = None) -> None:
+        """network replaces all of them, for tests."""
+        self._proxies = proxies
+        self._network = network
+        self._pools: dict[_Way, httpx.AsyncBaseTransport] = {}
+
+    def find(self, url: httpx.URL, tls: Tls) -> httpx.AsyncBaseTransport:
+        """The pool for a URL. Raises: UsageError, naming a file of tls that cannot be used."""
+        if self._network is not None:
+            return self._network
+        way = _Way(tls, _stamps(tls), self._proxies.proxy_for(url))
+        pool = self._pools.get(way)
+        if pool is None:
+            pool = self._pools[way] = _Transport(trusting(tls), way.proxy)
+        return pool
+
+    async def aclose(self) -> None:
+        pools = list(self._pools.values())
+        self._pools.clear()
+        for pool in [*pools, *([self._network] if self._network else [])]:
+            await pool.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    tls: Tls
+    #: Of the files: a renewed certificate is another way.
+    stamps: tuple[tuple[int, int, int], ...]
+    proxy: httpx.URL | None
+
+
+def _stamps(tls: Tls) -> tuple[tuple[int, int, int], ...]:
+    stamps = []
+    for path in _files(tls):
+        try:
+            status = path.stat()
+        except OSError:  # said when it is to be loaded
+            stamps.append((0, 0, 0))
+        else:
+            stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
+    return tuple(stamps)
+
+
+def _files(tls: Tls) -> Iterator[Path]:
+    yield from tls.authorities
+    if tls.client is not None:
+        yield tls.client.certificate
+        if tls.client.key is not None:
+            yield tls.client.key
+
+
+def trusting(tls: Tls) -> ssl.SSLContext:
+    """A context that trusts the system's store and what tls adds to it. Raises: UsageError, naming the file."""
     # httpx's default is certifi's list, which knows no company authority; SSL_CERT_FILE works with this one.
-    return _Transport(ssl.create_default_context())
+    context = ssl.create_default_context()
+    if not tls.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    for path in tls.authorities:
+        with _naming(path):
+            context.load_verify_locations(cafile=path)
+    if tls.client is not None:
+        with _naming(tls.client.certificate):
+            # A key with a passphrase would otherwise be asked for at the terminal.
+            context.load_cert_chain(tls.client.certificate, tls.client.key, password=lambda: b"")
+    return context
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or "it is no PEM file"
+        raise UsageError(
+            f"the certificate {path} cannot be used: {reason}",
+            remedy="It must hold PEM, be readable, and belong to its key.",
+        ) from None
 
 
 class _Transport(httpx.AsyncHTTPTransport):
     """httpx's transport over a pool with our network backend, for which its constructor has no argument."""
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, context: ssl.SSLContext, proxy: httpx.URL | None) -> None:
         # No limit on connections: those who ask know how many they need, and waiting for a free
         # connection would look like a silent server.
-        self._pool = httpcore.AsyncConnectionPool(
+        limits: _Limits = {
+            "max_connections": None,
+            "max_keepalive_connections": 16,
+            "keepalive_expiry": 30.0,
+            "http1": True,
+            "http2": False,
+            "network_backend": _LargeReads(),
+        }
+        if proxy is None:
+            self._pool = httpcore.AsyncConnectionPool(ssl_context=context, **limits)
+            return
+        user = (proxy.username, proxy.password) if proxy.username or proxy.password else None
+        self._pool = httpcore.AsyncHTTPProxy(
+            proxy_url=httpcore.URL(
+                scheme=proxy.raw_scheme, host=proxy.raw_host, port=proxy.port, target=b"/"
+            ),
+            proxy_auth=user,
+            proxy_ssl_context=ssl.create_default_context() if proxy.scheme == "https" else None,
             ssl_context=context,
-            max_connections=None,
-            max_keepalive_connections=16,
-            keepalive_expiry=30.0,
-            http1=True,
-            http2=False,
-            network_backend=_LargeReads(),
+            **limits,
         )
+
+
+class _Limits(TypedDict):
+    max_connections: int | None
+    max_keepalive_connections: int
+    keepalive_expiry: float
+    http1: bool
+    http2: bool
+    network_backend: httpcore.AsyncNetworkBackend
 
 
 # httpcore asks for 64 KiB at a time, and TLS gives one record of 16 KiB; each piece costs a trip through h11

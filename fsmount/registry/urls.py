@@ -12,7 +12,12 @@ _PORTS = {"http": 80, "https": 443}
 
 def origin(url: httpx.URL) -> tuple[str, str, int | None]:
     """Scheme, host and port: what credentials are bound to."""
-    return url.scheme, url.host, url.port or _PORTS.get(url.scheme)
+    return url.scheme, host_of(url), url.port or _PORTS.get(url.scheme)
+
+
+def host_of(url: httpx.URL) -> str:
+    """The host as it is sent: httpx's own decodes names in Punycode, and fails at some."""
+    return url.raw_host.decode("ascii")
 
 
 def is_loopback(host: str) -> bool:
@@ -37,7 +42,8 @@ def follow(base: httpx.URL, location: str, *, registry: httpx.URL, purpose: str)
     """
     try:
         url = base.join(location)
-    except (httpx.InvalidURL, ValueError) as error:
+        host_of(url)
+    except (httpx.InvalidURL, ValueError) as error:  # UnicodeError among the latter
         raise Unreachable(f"{shown(base)} gives a {purpose} that is no URL") from error
     reason = _objection(base, url, registry)
     if reason:
@@ -46,13 +52,13 @@ def follow(base: httpx.URL, location: str, *, registry: httpx.URL, purpose: str)
 
 
 def _objection(base: httpx.URL, url: httpx.URL, registry: httpx.URL) -> str | None:
-    if url.scheme not in _PORTS or not url.host:
+    if url.scheme not in _PORTS or not host_of(url):
         return "it is neither http nor https"
     if url.userinfo:
         return "it holds credentials"
     if url.scheme == "http" and (base.scheme == "https" or registry.scheme == "https"):
         return "it would leave https"
-    if not is_loopback(registry.host) and _is_inside(url.host):
+    if not is_loopback(host_of(registry)) and _is_inside(host_of(url)):
         return "it leads to this machine, or to its link"
     return None
 

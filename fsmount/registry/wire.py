@@ -1,7 +1,8 @@
 """One HTTP request and its answer, once: no retries, no redirects, no authentication, but always a deadline."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Self
 
 import httpx
@@ -10,15 +11,30 @@ import trio
 from fsmount import __version__
 from fsmount.errors import Corrupt, FsmountError, Unreachable
 from fsmount.registry import failures
+from fsmount.registry.endpoint import Tls
 from fsmount.registry.retry import Again
-from fsmount.registry.transport import Timeouts
+from fsmount.registry.transport import Timeouts, Transports
 from fsmount.registry.urls import shown
 
-#: Of an error body or a token: what is longer has no more to say.
-LARGEST_EXPLANATION = 64 * 1024
+#: A body slower than this is no body; it has `Timeouts.body_seconds` to begin with.
+_LEAST_BYTES_A_SECOND = 1024
 _CLOSE_SECONDS = 5.0
 # A body would be useless compressed: offsets and digests are of the content (registry.md §1.9).
+_SYSTEM = Tls()
 _HEADERS = {"User-Agent": f"fsmount/{__version__}", "Accept-Encoding": "identity"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much a server may make us hold, and how many requests it gets at once."""
+
+    #: 4 MiB is what every registry must accept, and clients may refuse to exceed.
+    manifest_bytes: int = 4 * 1024 * 1024
+    token_bytes: int = 64 * 1024
+    #: Of an error: what is longer has no more to say.
+    error_bytes: int = 64 * 1024
+    #: To one server, bodies that are still coming included.
+    requests: int = 32
 
 
 class Answer:
@@ -27,13 +43,16 @@ class Answer:
     Ownership: whoever has it closes it. A body read to its end leaves the connection for the next request.
     """
 
-    def __init__(self, response: httpx.Response, url: httpx.URL, stall_seconds: float) -> None:
+    def __init__(self, response: httpx.Response, url: httpx.URL, timeouts: Timeouts, limits: Limits) -> None:
         self.url = url
         self.status = response.status_code
         self.headers = response.headers
         self._response = response
         self._pieces = response.aiter_raw()
-        self._stall_seconds = stall_seconds
+        self._stall_seconds = timeouts.stall_seconds
+        self._until = trio.current_time() + timeouts.body_seconds
+        self._error_bytes = limits.error_bytes
+        self._on_close: Callable[[], None] | None = None
         #: What `load` or `settle` took.
         self.body = b""
 
@@ -52,8 +71,11 @@ class Answer:
         return self
 
     async def __anext__(self) -> bytes:
-        with failures.map_exceptions(self.url), trio.fail_after(self._stall_seconds):
-            return await anext(self._pieces)
+        deadline = min(trio.current_time() + self._stall_seconds, self._until)
+        with failures.map_exceptions(self.url), trio.fail_at(deadline):
+            piece = await anext(self._pieces)
+        self._until += len(piece) / _LEAST_BYTES_A_SECOND
+        return piece
 
     async def read(self, limit: int) -> bytes:
         """The whole body. Raises: Corrupt if it is longer than limit."""
@@ -78,7 +100,7 @@ class Answer:
             await self.aclose()
         else:
             with suppress(Unreachable, Corrupt):
-                await self.load(LARGEST_EXPLANATION)
+                await self.load(self._error_bytes)
 
     async def error(self, what: str) -> FsmountError:
         """The error that this answer means where another status was hoped for; closes it."""
@@ -86,8 +108,15 @@ class Answer:
         host = self.url.netloc.decode("ascii")
         return failures.from_status(self.status, self.body, what=what, host=host)
 
+    def when_closed(self, function: Callable[[], None]) -> None:
+        """Calls function once, when the answer is closed."""
+        self._on_close = function
+
     async def aclose(self) -> None:
         """Release the connection; it is kept if the body was read to its end."""
+        function, self._on_close = self._on_close, None
+        if function is not None:
+            function()
         with trio.CancelScope(deadline=trio.current_time() + _CLOSE_SECONDS, shield=True):
             await self._response.aclose()
             # httpx and httpcore read through five nested generators. Reading on, from what is closed, ends
@@ -101,12 +130,12 @@ class Answer:
 class Wire:
     """The one way out: what every request of this package passes through, whatever it is for."""
 
-    def __init__(self, transport: httpx.AsyncBaseTransport, timeouts: Timeouts) -> None:
-        # The bare transport and no httpx.AsyncClient: that would add headers and cookies, and log every URL
+    def __init__(self, transports: Transports, timeouts: Timeouts, limits: Limits) -> None:
+        # The bare transports and no httpx.AsyncClient: that would add headers and cookies, and log every URL
         # with its query, which in a signed URL is a secret.
-        self._transport = transport
+        self._transports = transports
         self._timeouts = timeouts
-        self._answer_seconds = timeouts.connect_seconds + timeouts.stall_seconds
+        self.limits = limits
 
     async def send(
         self,
@@ -114,22 +143,35 @@ class Wire:
         url: httpx.URL,
         headers: Mapping[str, str],
         *,
+        tls: Tls = _SYSTEM,
+        connect_seconds: float | None = None,
         form: Mapping[str, str] | None = None,
+        content: bytes | None = None,
     ) -> Answer:
         """Ask, and return when the answer's headers are there.
 
         Raises: Again, with Unreachable or its kinds, whose reason is among its `causes`; Unreachable itself
-            if trying again is of no use.
+            if trying again is of no use; UsageError (a file of tls).
         """
-        timeout = {"connect": self._timeouts.connect_seconds, "write": self._timeouts.stall_seconds}
+        transport = self._transports.find(url, tls)
+        connect_seconds = connect_seconds or self._timeouts.connect_seconds
+        timeout = {"connect": connect_seconds, "write": self._timeouts.stall_seconds}
         request = httpx.Request(
-            method, url, headers={**_HEADERS, **headers}, data=form, extensions={"timeout": timeout}
+            method,
+            url,
+            headers={**_HEADERS, **headers},
+            data=form,
+            content=content,
+            extensions={"timeout": timeout},
         )
         try:
-            with failures.map_exceptions(url), trio.fail_after(self._answer_seconds):
-                response = await self._transport.handle_async_request(request)
+            with (
+                failures.map_exceptions(url),
+                trio.fail_after(connect_seconds + self._timeouts.stall_seconds),
+            ):
+                response = await transport.handle_async_request(request)
         except Unreachable as error:
             if failures.is_untrusted(error):
                 raise
             raise Again(error) from error
-        return Answer(response, url, self._timeouts.stall_seconds)
+        return Answer(response, url, self._timeouts, self.limits)

@@ -15,8 +15,9 @@ from fsmount.oci.manifest import Descriptor, Index, Manifest, parse_config, pars
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import Reference, parse_source
 from fsmount.oci.selection import select
-from fsmount.registry.credentials import DockerConfig
+from fsmount.registry.credentials import Credentials
 from fsmount.registry.open import Sources
+from fsmount.registry.retry import Retry
 from fsmount.registry.source import Source, is_housekeeping
 from tests.contract.conftest import SIGNATURE_TAG, Address
 from tests.fakes.registry import Network, served
@@ -28,6 +29,7 @@ GONE = Digest.of(b"gone")
 
 @pytest.fixture
 async def source(address: Address, kind: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Source]:
+    address.renew()
     if address.authority:
         monkeypatch.setenv("SSL_CERT_FILE", str(address.authority))
     reference = parse_source(address.text)
@@ -39,7 +41,9 @@ async def source(address: Address, kind: str, monkeypatch: pytest.MonkeyPatch) -
             reference = replace(reference, domain=host)
         elif address.fake:
             transport = Network({address.fake.host: address.fake}).transport
-        sources = Sources(credentials=DockerConfig(address.config), transport=transport)
+        credentials = Credentials(environ={"REGISTRY_AUTH_FILE": str(address.config)})
+        retry = Retry(first_pause_seconds=0.01)
+        sources = Sources(credentials=credentials, transport=transport, retry=retry)
         await stack.enter_async_context(sources)
         yield sources.open(reference)
 
@@ -79,13 +83,22 @@ async def test_a_digest_stands_for_itself(source: Source) -> None:
     assert (again.digest, again.size) == (found.digest, found.size)
 
 
-async def test_what_is_not_there_is_not_found(source: Source) -> None:
+async def test_a_tag_that_is_not_there_is_not_found(source: Source) -> None:
     with pytest.raises(NotFound, match="gone"):
         await source.resolve("gone")
+
+
+async def test_a_digest_that_is_not_there_is_not_found(source: Source) -> None:
     with pytest.raises(NotFound, match=GONE.hex):
         await source.resolve(str(GONE))
+
+
+async def test_a_manifest_that_is_not_there_is_not_found(source: Source) -> None:
     with pytest.raises(NotFound, match=GONE.hex):
         await source.manifest(GONE)
+
+
+async def test_a_blob_that_is_not_there_is_not_found(source: Source) -> None:
     with pytest.raises(NotFound, match=GONE.hex):
         async with source.blob(Descriptor("x", GONE, 4, {})):
             raise AssertionError

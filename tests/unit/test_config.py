@@ -88,6 +88,12 @@ class TestWhatIsInForce:
             refresh = "500ms"
             [registries."localhost:5000"]
             plain_http = true
+            username = "robot$ci"
+            password_file = "//etc/fsmount/password"
+            [registries."a.example"]
+            helper = "ecr-login"
+            [registries."b.example"]
+            anonymous = true
         """)
         assert config.mountpoint == Path("/mnt/builds")
         assert config.cache.path == Path("/data/cache")
@@ -99,7 +105,11 @@ class TestWhatIsInForce:
         assert web.platform == Platform("linux", "arm64")
         assert web.tags == ("v*", "main")
         assert web.refresh_seconds == 0.5
-        assert config.registries["localhost:5000"].plain_http
+        local = config.registries["localhost:5000"]
+        assert local.plain_http
+        assert (local.username, local.password_file) == ("robot$ci", Path("/etc/fsmount/password"))
+        assert config.registries["a.example"].helper == "ecr-login"
+        assert config.registries["b.example"].anonymous
 
     def test_an_app_takes_from_the_defaults_what_it_does_not_say(self, load):
         config = load(
@@ -141,6 +151,15 @@ class TestWhatIsInForce:
     )
     def test_a_time_is_a_number_with_a_unit(self, load, written, seconds):
         assert load(f'defaults.refresh = "{written}"').defaults.refresh_seconds == seconds
+
+    def test_a_registry_is_left_to_docker_and_podman_unless_it_says_who_we_are(self, load):
+        registry = load("[registries.a]\n").registries["a"]
+        assert (registry.username, registry.password_file, registry.helper) == (None, None, None)
+        assert not registry.anonymous
+
+    def test_a_password_file_may_be_a_systemd_credential(self, load):
+        written = '[registries.a]\nusername = "u"\npassword_file = "registry.token"\n'
+        assert load(written).registries["a"].password_file == Path("registry.token")
 
     def test_a_configuration_cannot_be_changed(self, load):
         config = load(f"[apps.web]\n{WEB}")
@@ -282,7 +301,9 @@ platform = "?"
             load_config(tmp_path / "absent.toml", environ={})
 
     def test_an_unknown_key_that_is_near_to_none_is_told_what_there_is(self, problem):
-        assert problem("[registries.x]\nmirror = 1\n").endswith("unknown key; known here: plain_http")
+        assert problem("[registries.x]\nmirror = 1\n").endswith(
+            "unknown key; known here: plain_http, username, password_file, helper, anonymous"
+        )
 
     def test_a_nested_table_for_an_app_with_a_slash_is_told_how_to_write_it(self, problems):
         found = problems(f"[apps.team.web]\n{WEB}")
@@ -365,6 +386,48 @@ platform = "?"
     @pytest.mark.parametrize("host", ["http://x", "x/y", "", "x:", "a b"])
     def test_a_registry_is_named_by_host_and_port(self, problem, host):
         assert "is no registry" in problem(f'[registries."{host}"]\n')
+
+    @pytest.mark.parametrize(
+        "written, reason",
+        [
+            ('username = ""', "must be a user name"),
+            ('username = "u:p"', "must be a user name"),
+            ('username = "u\\n"', "must be a user name"),
+            ('password_file = "etc/password"', "must be a file; write it from the root"),
+            ('password_file = ".."', "must be a file; write it from the root"),
+            ("password_file = 1", "must be a file; write it from the root"),
+            ('helper = "docker credential"', "must be what follows docker-credential-"),
+            ('helper = "../x"', "must be what follows docker-credential-"),
+            ('helper = ""', "must be what follows docker-credential-"),
+            ('anonymous = "yes"', "must be true or false"),
+        ],
+    )
+    def test_who_we_are_at_a_registry_has_a_form(self, problem, written, reason):
+        text = problem(f"[registries.x]\n{written}\n")
+        assert text.startswith(f"config.toml:2: registries.x.{written.partition(' ')[0]}: {reason}")
+
+    @pytest.mark.parametrize(
+        "written, reason",
+        [
+            ('username = "u"', "has username and no password_file; write both, or neither"),
+            ('password_file = "/p"', "has password_file and no username; write both, or neither"),
+            (
+                'helper = "x"\nanonymous = true',
+                "has helper and anonymous, which exclude each other; keep one",
+            ),
+            (
+                'username = "u"\npassword_file = "/p"\nhelper = "x"',
+                "has username and helper, which exclude each other; keep one",
+            ),
+        ],
+    )
+    def test_at_a_registry_we_are_one_user(self, problem, written, reason):
+        assert problem(f"\n[registries.x]\n{written}\n") == f"config.toml:2: registries.x: {reason}"
+
+    def test_a_password_in_the_configuration_is_refused_and_not_repeated(self, problem):
+        text = problem('[registries.x]\nusername = "u"\npassword = "s3cret"\n')
+        assert "unknown key; did you mean password_file?" in text
+        assert "s3cret" not in text
 
     def test_the_cache_is_not_inside_the_mount(self, problem):
         assert problem('mountpoint = "/m"\n[cache]\npath = "/m/cache"\n') == (

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from fsmount.errors import AccessDenied, FsmountError, Refused, Unreachable
 from fsmount.oci.digest import Digest
 from fsmount.oci.reference import Reference
-from fsmount.registry.credentials import DockerConfig
+from fsmount.registry.credentials import Credentials
 from fsmount.registry.open import Sources
 from fsmount.registry.source import Source
 from tests.fakes.registry import FakeRegistry, Handler, Network, Reply, Request, TokenServer, basic, error
@@ -53,7 +53,8 @@ class Client:
 
     def __init__(self, path: Path, **hosts: Handler) -> None:
         self.network = Network({host.replace("_", "."): handler for host, handler in hosts.items()})
-        self.sources = Sources(transport=self.network.transport, credentials=DockerConfig(path))
+        credentials = Credentials(environ={"REGISTRY_AUTH_FILE": str(path)})
+        self.sources = Sources(transport=self.network.transport, credentials=credentials)
 
     def source(self, repository: str = "team/web") -> Source:
         return self.sources.open(Reference(HOST, repository))
@@ -158,6 +159,34 @@ async def test_a_password_is_exchanged_by_basic_and_only_the_token_goes_to_the_r
     assert [r.headers.get("authorization") for r in fake.requests] == [None, "Bearer token-1"]
 
 
+async def test_a_password_that_the_token_server_refuses_is_looked_up_again_and_a_new_one_is_tried(
+    fake: FakeRegistry, server: TokenServer, path: Path, mock_clock: MockClock
+) -> None:
+    write(path, PASSWORD)
+    both = client(path, fake, server)
+    await both.source("team/web").resolve("v1")
+    server.admit = lambda request: request.headers["authorization"] == basic("me", "new")
+    write(path, {"username": "me", "password": "new"})
+    await both.source("team/api").resolve("v1")  # the first look-up is too recent to notice
+    assert [request.headers["authorization"] for request in server.requests[1:]] == [
+        basic("me", "pa:ss"),
+        basic("me", "new"),
+    ]
+
+
+async def test_a_refused_password_that_is_still_the_same_is_sent_once(
+    fake: FakeRegistry, server: TokenServer, path: Path, mock_clock: MockClock
+) -> None:
+    write(path, PASSWORD)
+    both = client(path, fake, server)
+    await both.source("team/web").resolve("v1")
+    server.admit = lambda request: False
+    for _ in range(2):
+        with pytest.raises(AccessDenied):
+            await both.source("team/api").resolve("v1")
+    assert len(server.requests) == 2
+
+
 async def test_an_identity_token_is_exchanged_by_post(
     fake: FakeRegistry, server: TokenServer, path: Path
 ) -> None:
@@ -234,7 +263,7 @@ async def test_when_the_one_who_fetches_a_token_is_cancelled_another_takes_over(
             await both.source().resolve("v1")
 
     async def waiting(count: int) -> None:
-        locks = both.sources._registries[HOST]._auth._locks
+        locks = next(iter(both.sources._servers.values()))._auth._locks
         while sum(lock.statistics().tasks_waiting for lock in locks.values()) != count:
             await trio.lowlevel.checkpoint()
 

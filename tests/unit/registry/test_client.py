@@ -22,6 +22,7 @@ from fsmount.errors import (
 )
 from fsmount.oci.digest import Digest
 from fsmount.oci.reference import Reference
+from fsmount.registry.hosts import Hosts
 from fsmount.registry.open import Sources
 from fsmount.registry.source import Source
 from tests.fakes.registry import (
@@ -393,7 +394,9 @@ def schemes(seen: list[str]) -> httpx.MockTransport:
 )
 async def test_plain_http_is_only_for_registries_that_are_named_for_it(name: str, url: str) -> None:
     seen: list[str] = []
-    async with Sources(transport=schemes(seen), plain_http=frozenset({"plain.example:5000"})) as sources:
+    async with Sources(
+        transport=schemes(seen), hosts=Hosts(plain_http=frozenset({"plain.example:5000"}))
+    ) as sources:
         with pytest.raises(NotFound):
             await source(sources, name).resolve("v1")
     assert seen == [url]

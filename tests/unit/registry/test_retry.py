@@ -5,9 +5,11 @@ from email.utils import format_datetime
 
 import pytest
 import trio
+from tenacity import RetryError
 from trio.testing import MockClock
 
 from fsmount.errors import NotFound, Unreachable
+from fsmount.registry.failures import causes
 from fsmount.registry.retry import Again, Retry, retry_after_seconds
 
 
@@ -27,8 +29,10 @@ class Attempts:
 
 async def test_an_attempt_that_may_succeed_later_is_repeated(autojump_clock: MockClock) -> None:
     attempts = Attempts(Again(Unreachable("1")), Again(Unreachable("2")))
-    assert await Retry(tries=3).run(attempts) == "done"
-    assert len(attempts.times) == 3
+    assert await Retry(tries=3, first_pause_seconds=1).run(attempts) == "done"
+    first, second, third = attempts.times
+    assert 0.75 <= second - first <= 1.25
+    assert 1.5 <= third - second <= 2.5
 
 
 async def test_after_the_last_try_its_error_is_raised_as_itself(autojump_clock: MockClock) -> None:
@@ -36,6 +40,38 @@ async def test_after_the_last_try_its_error_is_raised_as_itself(autojump_clock: 
     with pytest.raises(Unreachable, match="2"):
         await Retry(tries=3).run(attempts)
     assert len(attempts.times) == 3
+
+
+@pytest.mark.parametrize("cause", [OSError("no route"), None])
+async def test_what_is_raised_is_the_error_alone_with_the_cause_it_had(
+    autojump_clock: MockClock, cause: OSError | None
+) -> None:
+    error = Unreachable("cannot be reached")
+    error.__cause__, error.__suppress_context__ = cause, False
+    with pytest.raises(Unreachable) as caught:
+        await Retry(tries=2).run(Attempts(Again(error), Again(error)))
+    assert caught.value is error
+    assert (error.__cause__, error.__suppress_context__) == (cause, True)
+    assert not [link for link in causes(error) if isinstance(link, RetryError)]
+
+
+async def test_an_attempt_may_be_anything_that_can_be_awaited(autojump_clock: MockClock) -> None:
+    attempts = Attempts(Again(Unreachable("1")))
+    assert await Retry(tries=2).run(lambda: attempts()) == "done"
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+async def test_attempts_and_pauses_can_be_cancelled(autojump_clock: MockClock, failures: int) -> None:
+    attempts = Attempts(*[Again(Unreachable("1"), 30)] * failures)
+
+    async def attempt() -> None:
+        await attempts()
+        await trio.sleep_forever()
+
+    with trio.move_on_after(5) as scope:
+        await Retry().run(attempt)
+    assert scope.cancelled_caught
+    assert (len(attempts.times), trio.current_time()) == (1, 5)
 
 
 async def test_other_errors_are_not_repeated(autojump_clock: MockClock) -> None:

@@ -13,9 +13,11 @@ import trustme
 
 from fsmount.errors import DeadlineExpired, Unreachable
 from fsmount.oci.reference import Reference
+from fsmount.registry.endpoint import Tls
 from fsmount.registry.open import Sources
+from fsmount.registry.proxies import Proxies
 from fsmount.registry.retry import Retry
-from fsmount.registry.transport import Timeouts, _LargeReads, _LargeReadStream, new_transport
+from fsmount.registry.transport import Timeouts, Transports, _LargeReads, _LargeReadStream
 from tests.fakes.registry import FakeRegistry, cut, descriptor_of, served
 
 ONCE = Retry(tries=1)
@@ -71,10 +73,12 @@ async def test_what_arrived_before_the_end_of_tls_is_not_lost(end: bytes | Excep
 
 
 async def test_new_connections_read_that_way() -> None:
-    transport = new_transport()
-    assert isinstance(transport, httpx.AsyncHTTPTransport)
-    assert isinstance(transport._pool._network_backend, _LargeReads)
-    await transport.aclose()
+    transports = Transports(Proxies(https=httpx.URL("http://proxy.example:3128")))
+    for url in ("http://r.example/", "https://r.example/"):
+        transport = transports.find(httpx.URL(url), Tls())
+        assert isinstance(transport, httpx.AsyncHTTPTransport)
+        assert isinstance(transport._pool._network_backend, _LargeReads)
+    await transports.aclose()
 
 
 @pytest.fixture
@@ -144,7 +148,7 @@ async def test_a_connection_is_kept_when_all_was_read(fake: FakeRegistry) -> Non
             async with source.blob(descriptor_of(DATA)) as pieces:
                 async for _ in pieces:
                     pass
-        transport = sources._transport
+        transport = sources._transports.find(httpx.URL(f"http://{host}/"), Tls())
         assert isinstance(transport, httpx.AsyncHTTPTransport)
         assert len(transport._pool.connections) == 1
 

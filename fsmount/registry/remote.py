@@ -1,0 +1,49 @@
+"""Remote: one repository at one server."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from fsmount.registry.auth import Access
+from fsmount.registry.endpoint import Endpoint
+from fsmount.registry.server import Server
+from fsmount.registry.wire import Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """The repository at one server."""
+
+    server: Server
+    endpoint: Endpoint
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        what: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        content: bytes | None = None,
+        actions: str = "pull",
+        signed: bool = False,
+        stay: bool = False,
+    ) -> Answer:
+        """As Server.send, for a path below the repository, or the absolute URL of a further page."""
+        if "://" not in path:
+            path = f"{self.endpoint.repository}/{path}"
+            if self.endpoint.namespace:
+                path += f"{'&' if '?' in path else '?'}ns={quote(self.endpoint.namespace, safe='')}"
+        access = Access(self.endpoint.repository, actions)
+        return await self.server.send(
+            method,
+            path,
+            access=access,
+            what=what,
+            headers=headers,
+            limit=limit,
+            content=content,
+            signed=signed,
+            stay=stay,
+        )
