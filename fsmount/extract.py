@@ -101,11 +101,9 @@ def set_attributes(descriptor: int, file: File) -> int:
     Returns how many extended attributes the file system does not take. The umask must be 0, and the file
     have been made with the permission bits of its mode.
     """
-    owned = os.geteuid() == 0 and (file.uid or file.gid)
+    owned = os.geteuid() == 0 and (file.uid or file.gid != os.getegid())
     if owned:
         os.fchown(descriptor, file.uid, file.gid)
-    if owned or file.mode & 0o7000:
-        os.fchmod(descriptor, file.mode)
     lost = 0
     for name, value in file.xattrs:
         try:
@@ -114,12 +112,16 @@ def set_attributes(descriptor: int, file: File) -> int:
             if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG, errno.ERANGE):
                 raise
             lost += 1
+    if owned or file.mode & 0o7000 or file.xattrs:
+        os.fchmod(descriptor, file.mode)
     os.utime(descriptor, ns=(file.mtime_ns, file.mtime_ns))
     return lost
 
 
 def _write_file(file: File, folders: Folders, chunk: int) -> int:
-    descriptor = os.open(file.name, CREATE, file.mode & 0o777, dir_fd=folders.descriptor(file.folder))
+    # `user.` attributes need the write bit, whatever the descriptor permits.
+    mode = file.mode & 0o777 | (0o200 if file.xattrs else 0)
+    descriptor = os.open(file.name, CREATE, mode, dir_fd=folders.descriptor(file.folder))
     try:
         _write_pieces(descriptor, file.pieces, chunk)
         if sum(size for _, _, size in file.pieces) != file.size:

@@ -100,11 +100,14 @@ class LayerIndex:
         self.chunks: list[Chunk] = []
         self._starts: list[int] = []
         self.facts: dict[str, object] = {}
+        self._removes = True
         if complete:
             self.facts = dict(connection.execute("SELECT key, value FROM facts"))
             rows = connection.execute("SELECT start, size, sha256 FROM chunks ORDER BY number")
             self.chunks = [Chunk(*row) for row in rows]
             self._starts = [chunk.start for chunk in self.chunks]
+            query = "SELECT EXISTS (SELECT 1 FROM whiteouts)"
+            (self._removes,) = connection.execute(query).fetchone()
 
     @classmethod
     def open(cls, path: Path) -> Self | None:
@@ -152,15 +155,21 @@ class LayerIndex:
         return None if row is None else _name(row)
 
     def names(self, parent: int) -> Iterator[tuple[bytes, Name]]:
-        """Every name in a directory of the layer."""
-        return ((row[0], _name(row)) for row in self._connection.execute(_NAMES, (parent,)))
+        """Every name in a directory of the layer, sorted."""
+        return (
+            (row[0], _name(row)) for row in self._connection.execute(f"{_NAMES} ORDER BY n.name", (parent,))
+        )
 
     def whiteout(self, parent: int, name: bytes) -> bool:
+        if self.complete and not self._removes:
+            return False
         query = "SELECT 1 FROM whiteouts WHERE parent = ? AND name = ?"
         return self._connection.execute(query, (parent, name)).fetchone() is not None
 
     def whiteouts(self, parent: int) -> set[bytes]:
         """The names of that directory that the layer removes from the layers below."""
+        if self.complete and not self._removes:
+            return set()
         return {
             name
             for (name,) in self._connection.execute("SELECT name FROM whiteouts WHERE parent = ?", (parent,))

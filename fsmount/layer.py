@@ -170,7 +170,9 @@ class Layer:
         Cancellation: safe; what is being fetched goes on for other readers.
         """
         index = self.index
-        content = index.content(member) if index is not None else None
+        if index is None:  # the pass that found the member has failed; what it found is found again
+            index = await self.wait_complete()
+        content = index.content(member)
         if content is None:
             raise NotFound(f"layer {self.spec.descriptor.digest} has no member {member}")
         logical_size, extents = content
@@ -390,9 +392,11 @@ class Layer:
         stored = await self._in_thread(self._store, running.keep, key, portion)
         if portion.data:
             if number in running.wanted:
-                if stored:
-                    await self._layers.chunks.open(key, running.keep.chunks[number].sha256)
-                else:
+                # A cache of less than a few chunks may have evicted it as soon as it was stored.
+                if (
+                    not stored
+                    or await self._layers.chunks.open(key, running.keep.chunks[number].sha256) is None
+                ):
                     self._layers.chunks.hold(key, portion.data)
             running.kept += 1
         running.step()

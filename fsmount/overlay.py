@@ -1,7 +1,7 @@
 """Overlay: the merging of layers into one tree, by the rules of the image specification, which nothing else knows."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fsmount.archive.entry import EntryType
 from fsmount.errors import Invalid
@@ -19,8 +19,7 @@ class Undecided(Exception):
         self.position = position
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One name of a merged tree. `layer` is a position in the image, 0 the lowest; `member` is of that layer.
 
     (layer, member) of a directory is the topmost layer that has it and its number there: it names the
@@ -119,8 +118,8 @@ class Overlay:
     def _sole(
         self, position: int, names: dict[bytes, Name], hidden: set[bytes]
     ) -> Iterator[tuple[Node, Stack]]:
-        """The children of a directory that one layer alone contributes to: most, and merging is all about them."""
-        for name, found in sorted(names.items(), key=_by_name):
+        """The children of a directory that one layer alone contributes to, as most are; names come sorted."""
+        for name, found in names.items():
             member = found.member
             if member is not None and member.type is not EntryType.DIRECTORY:
                 yield Node(name, position, member), ()
@@ -204,7 +203,3 @@ class Overlay:
             shown = [text.decode("utf-8", "backslashreplace") for text in (name, target)]
             raise Invalid(f"the hardlink {shown[0]!r} leads to {shown[1]!r}, which is no file of the image")
         return Node(name, found[0].layer, found[0].member)
-
-
-def _by_name(item: tuple[bytes, Name]) -> bytes:
-    return item[0]

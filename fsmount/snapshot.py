@@ -76,8 +76,10 @@ async def snapshot(
     parent = destination.absolute().parent
     await content.tree.stored()
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name[:200]}.partial-", dir=parent))
+        name = os.fsdecode(os.fsencode(destination.name)[:200])
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent))
         try:
+            _disinherit(partial)
             await _Writer(content, partial, keep_privileges, progress).write()
             if os.path.lexists(destination):
                 raise Refused(f"{destination} has come to exist meanwhile", remedy="Choose another name.")
@@ -87,7 +89,7 @@ async def snapshot(
                 await trio.to_thread.run_sync(_remove_tree, partial)
             raise
     except OSError as error:
-        raise from_os_error(error, destination) from error
+        raise from_os_error(error, destination, elsewhere="Choose another place.") from error
     return progress
 
 
@@ -236,8 +238,8 @@ class _Writer:
         for file in crossing:
             descriptor = os.open(file.name, extract.REOPEN, dir_fd=self._folders.descriptor(file.folder))
             try:
-                os.fchmod(descriptor, file.mode)
                 self._progress.lost_xattrs += extract.set_attributes(descriptor, file)
+                os.fchmod(descriptor, file.mode)
             finally:
                 os.close(descriptor)
         for path, node in plan.others:
@@ -292,6 +294,17 @@ def _join(folder: bytes, name: bytes) -> bytes:
     return folder + b"/" + name if folder else name
 
 
+def _disinherit(folder: Path) -> None:
+    """Takes from a new folder what its parent passes on: the group, the setgid bit and access control lists."""
+    os.chown(folder, os.geteuid(), os.getegid())
+    for name in ("system.posix_acl_access", "system.posix_acl_default"):
+        with contextlib.suppress(OSError):
+            os.removexattr(folder, name)
+    folder.chmod(0o700)
+
+
 def _remove_tree(path: Path) -> None:
+    if os.geteuid() != 0:  # folders that are finished may be closed to their owner
+        subprocess.run(["chmod", "-R", "u+rwX", "--", str(path)], stderr=subprocess.DEVNULL, check=False)
     # rm walks any depth with descriptors; shutil.rmtree recurses, and gives up at 1,000 levels.
     subprocess.run(["rm", "-rf", "--one-file-system", "--", str(path)], check=False)

@@ -4,9 +4,8 @@ import logging
 import sqlite3
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -43,8 +42,7 @@ def directory_key(node: Node) -> int:
     return node.layer << 32 | node.member.number
 
 
-@dataclass(frozen=True, slots=True)
-class Child:
+class Child(NamedTuple):
     """A node in a listing; `offset` is where a listing goes on after it, the same in every process."""
 
     node: Node

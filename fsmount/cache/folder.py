@@ -104,15 +104,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise from_os_error(error, path) from error
 
 
-def from_os_error(error: OSError, path: Path) -> FsmountError:
+def from_os_error(
+    error: OSError, path: Path, *, elsewhere: str = "Choose another place with --cache."
+) -> FsmountError:
     """The error of ours that says what the operating system said about path."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(
-            f"no space left for {path}", remedy="Free some space there, or choose another place with --cache."
-        )
+        return NoSpace(f"no space left for {path}", remedy=f"Free some space there. {elsewhere}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UsageError(f"{path} cannot be written: {reason}", remedy="Choose another place with --cache.")
+        return UsageError(f"{path} cannot be written: {reason}", remedy=elsewhere)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return UsageError(
             f"{path} cannot be a cache folder: {reason}", remedy="Choose another place with --cache."

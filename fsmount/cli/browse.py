@@ -62,13 +62,13 @@ async def walk(content: Content, path: str) -> tuple[Node, list[bytes]]:
     links = 0
     while waiting:
         name = waiting.pop()
+        if not trail[-1].is_directory:
+            raise _missing(path)
         if name == b".":
             continue
         if name == b"..":
             trail = trail[:-1] or [root]
             continue
-        if not trail[-1].is_directory:
-            raise _missing(path)
         key = content.root if len(trail) == 1 else directory_key(trail[-1])
         node = await tree.lookup(key, name)
         if node is None:

@@ -55,7 +55,8 @@ def inspect(options: ConfigOptions, source: str, platform: str | None, as_json: 
         }
         click.echo(json.dumps(facts, indent=2) if as_json else printable(_table(facts)))
 
-    browse.run(options, source, command, platform=platform)
+    # Looking for an app's folder would fetch a layer.
+    browse.run(options, source, command, platform=platform, path="/")
 
 
 def _table(facts: dict[str, object]) -> str:

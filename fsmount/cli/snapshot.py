@@ -1,11 +1,12 @@
 """snapshot: makes a plain folder of an image."""
 
+import os
 from pathlib import Path
 
 import click
 
 from fsmount.cli.options import ConfigOptions, config_options
-from fsmount.cli.output import printable
+from fsmount.cli.output import escape, printable
 
 
 @click.command()
@@ -32,6 +33,7 @@ def snapshot(
 
     SOURCE is APP:TAG of the configuration, registry/repository:tag, or oci-layout:DIR:TAG.
     """
+    import signal
     import time
 
     import trio
@@ -47,19 +49,31 @@ def snapshot(
     progress = Progress()
     started = time.monotonic()
 
-    async def main() -> None:
-        opened = browse.open_content(options, source, platform=platform, path=path)
-        async with opened as (_, content), trio.open_nursery() as nursery:
-            nursery.start_soon(show_progress, content.tree.layers, progress)
-            await write(content, destination, keep_privileges=keep_privileges, progress=progress)
-            nursery.cancel_scope.cancel()
+    async def main() -> bool:
+        async with trio.open_nursery() as outer:
+            outer.start_soon(stop, outer.cancel_scope)
+            opened = browse.open_content(options, source, platform=platform, path=path)
+            async with opened as (_, content), trio.open_nursery() as nursery:
+                nursery.start_soon(show_progress, content.tree.layers, progress)
+                await write(content, destination, keep_privileges=keep_privileges, progress=progress)
+                nursery.cancel_scope.cancel()
+            outer.cancel_scope.cancel()
+            return True
+        return False
+
+    async def stop(scope: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                scope.cancel()
 
     with single_error(FsmountError):
-        trio.run(main)
+        done = trio.run(main)
+    if not done:
+        raise click.exceptions.Exit(128 + signal.SIGTERM)
     seconds = time.monotonic() - started
     click.echo(
         printable(
-            f"{destination}: {progress.total_files} files, {progress.total_bytes} bytes from {source}"
+            f"{escape(os.fsencode(destination))}: {progress.total_files} files, {progress.total_bytes} bytes from {source}"
             f" in {seconds:.1f} s"
         )
     )
