@@ -305,7 +305,8 @@ class Catalog:
             with _deadline(app):
                 image = await open_image(app.source, digest, app.platform, self._layers.folder)
             layers = [self._layers.get(spec, app.source) for spec in image.layers]
-            tree = Tree(image.digest, layers, self._layers.folder, self._nursery)
+            diff_ids = [spec.diff_id for spec in image.layers]
+            tree = Tree(image.digest, layers, self._layers.folder, self._nursery, diff_ids=diff_ids)
             root = await tree.walk(app.subtree)
             if root is None or not root.is_directory:
                 shown = b"/".join(app.subtree).decode("utf-8", "backslashreplace")

@@ -86,15 +86,31 @@ class Layer:
         self._index: LayerIndex | None = None
         self._looked = False
         self._condemned: tuple[float, Corrupt] | None = None
-        self._diff_id: Digest | None = None
+        #: What images say of the inflated layer; one that is right suffices.
+        self._expected: set[str] = set()
 
     def expect(self, diff_id: Digest | None) -> None:
-        """Takes what an image's configuration says about the inflated layer; checked now, or at the pass's end."""
+        """Takes what an image's configuration says about the inflated layer; checked now, or at the pass's end.
+
+        Raises: Corrupt.
+        """
         if diff_id is not None and diff_id.algorithm == "sha256":
-            self._diff_id = diff_id
-            index = self.index
-            if index is not None and index.complete:
-                self._check_diff_id(index.diff_id)
+            self._expected.add(str(diff_id))
+            self.check(diff_id)
+
+    def check(self, diff_id: Digest | None) -> None:
+        """Raises: Corrupt, if the layer is complete and inflates to something else than an image says."""
+        if diff_id is not None and diff_id.algorithm == "sha256" and self.complete:
+            assert self.index is not None
+            self._compare(self.index.diff_id, str(diff_id))
+
+    def _compare(self, found: str, expected: str) -> None:
+        if found != expected:
+            raise Corrupt(
+                f"layer {self.spec.descriptor.digest}: inflated it is {found}, but the image's configuration"
+                f" says {expected}",
+                remedy="Whoever made the image broke it; build and push it again.",
+            )
 
     @property
     def index(self) -> LayerIndex | None:
@@ -298,7 +314,8 @@ class Layer:
         try:
             inflate = await self._stream(running)
             diff_id = running.keep.finish()
-            self._check_diff_id(str(diff_id))
+            if self._expected and str(diff_id) not in self._expected:
+                self._compare(str(diff_id), min(self._expected))
             facts: dict[str, object] = {
                 "digest": str(self.spec.descriptor.digest),
                 "diff_id": str(diff_id),
@@ -306,9 +323,8 @@ class Layer:
                 "blob_size": self.spec.descriptor.size,
             }
             finished = await self._in_thread(self._publish, builder, running.keep, facts)
-        except FsmountError as error:
-            if isinstance(error, Corrupt):
-                self._condemn(error)
+        except Corrupt as error:
+            self._condemn(error)
             raise
         finally:
             self._index = finished
@@ -328,17 +344,11 @@ class Layer:
         assert index is not None
         return index
 
-    def _check_diff_id(self, found: str) -> None:
-        if self._diff_id is not None and str(self._diff_id) != found:
-            raise Corrupt(
-                f"layer {self.spec.descriptor.digest}: inflated it is {found}, but the image's configuration"
-                f" says {self._diff_id}",
-                remedy="Whoever made the image broke it; build and push it again.",
-            )
-
     def _condemn(self, error: Corrupt) -> None:
         log.error("%s; it came from %s, and nothing of it is kept", error.message, self.source.name)
-        self._condemned = (trio.current_time() + _CONDEMNED_SECONDS, error)
+        # If a mirror sent it, the next reader finds out what the others have.
+        others = self.source.distrust(self.spec.descriptor)
+        self._condemned = None if others else (trio.current_time() + _CONDEMNED_SECONDS, error)
         self._layers.renumber(self, error)
 
     async def _stream(self, running: "_Pass") -> Inflate:
@@ -391,15 +401,16 @@ class Layer:
         key = self._chunk_key(number)
         stored = await self._in_thread(self._store, running.keep, key, portion)
         if portion.data:
-            if number in running.wanted:
-                # A cache of less than a few chunks may have evicted it as soon as it was stored.
-                if (
-                    not stored
-                    or await self._layers.chunks.open(key, running.keep.chunks[number].sha256) is None
-                ):
-                    self._layers.chunks.hold(key, portion.data)
+            # A cache of less than a few chunks may have evicted it as soon as it was stored.
+            if number in running.wanted and not (stored and await self._open_stored(running, number)):
+                self._layers.chunks.hold(key, portion.data)
             running.kept += 1
         running.step()
+
+    async def _open_stored(self, running: "_Pass", number: int) -> bool:
+        """Makes a chunk hot that the pass has stored; False if it is no longer there."""
+        sha256 = running.keep.chunks[number].sha256
+        return await self._layers.chunks.open(self._chunk_key(number), sha256) is not None
 
     def _store(self, keep: Keep, key: str, portion: Portion) -> bool:
         keep.add(portion)

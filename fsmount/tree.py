@@ -183,10 +183,17 @@ class Tree:
     """
 
     def __init__(
-        self, digest: Digest, layers: Sequence[Layer], folder: CacheFolder, nursery: trio.Nursery
+        self,
+        digest: Digest,
+        layers: Sequence[Layer],
+        folder: CacheFolder,
+        nursery: trio.Nursery,
+        *,
+        diff_ids: Sequence[Digest | None] = (),
     ) -> None:
-        """nursery: where the merging runs that nobody waits for."""
+        """nursery: where the merging runs that nobody waits for. diff_ids: of each layer, as the image has them."""
         self.digest = digest
+        self._diff_ids = diff_ids
         self._nursery = nursery
         self.layers = layers
         self._path = folder.trees / f"{digest.algorithm}-{digest.hex}.sqlite"
@@ -230,6 +237,8 @@ class Tree:
                 async with trio.open_nursery() as nursery:
                     for layer in self.layers:
                         nursery.start_soon(layer.wait_complete)
+            for layer, diff_id in zip(self.layers, self._diff_ids, strict=False):
+                layer.check(diff_id)
             await self._writing.acquire()
             try:
                 if self._stored is None:

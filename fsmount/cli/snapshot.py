@@ -71,12 +71,8 @@ def snapshot(
     if not done:
         raise click.exceptions.Exit(128 + signal.SIGTERM)
     seconds = time.monotonic() - started
-    click.echo(
-        printable(
-            f"{escape(os.fsencode(destination))}: {progress.total_files} files, {progress.total_bytes} bytes from {source}"
-            f" in {seconds:.1f} s"
-        )
-    )
+    made = f"{progress.total_files} files, {progress.total_bytes} bytes from {source} in {seconds:.1f} s"
+    click.echo(f"{escape(os.fsencode(destination))}: {printable(made)}")
     if progress.lost_xattrs:
         click.echo(
             f"fsmount: warning: {progress.lost_xattrs} extended attributes are missing:"

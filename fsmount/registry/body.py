@@ -18,7 +18,7 @@ class Body(AsyncIterator[bytes]):
 
     What a server sends for a range is believed only if it says that it is that range of a blob of that
     size. A server that ignores ranges sends the blob from its beginning. If all of the rest is wanted, or part
-    of it is known already, what is not wanted is skipped; else it becomes the whole blob: `offset` is 0 then.
+    of it is known already, what is not wanted is skipped; else it becomes the whole blob, from `offset` 0 to `stop`.
 
     Ownership: close it; at most one connection is in use.
     """
@@ -42,41 +42,41 @@ class Body(AsyncIterator[bytes]):
         self._answer: Answer | None = None
         #: Whether it may yet become the whole blob.
         self._is_part = stop is not None
-        self._end = descriptor.size if stop is None else stop
+        self.stop = descriptor.size if stop is None else stop
         #: Of the blob: what was handed out, where the answer now is, and where it will end.
         self.offset = start
         self._position = start
-        self._stop = start
+        self._until = start
         self._ranges = True
         #: Requests in a row that brought nothing.
         self._failures = 0
 
     async def open(self) -> None:
         """Ask for the blob. Nothing is asked for where there is nothing left to read."""
-        if self.offset == self._end:
+        if self.offset == self.stop:
             return
-        ranged = self._ranges and (self.offset > 0 or self._end < self._size)
-        answer = await self._send({"Range": f"bytes={self.offset}-{self._end - 1}"} if ranged else {})
+        ranged = self._ranges and (self.offset > 0 or self.stop < self._size)
+        answer = await self._send({"Range": f"bytes={self.offset}-{self.stop - 1}"} if ranged else {})
         if answer.status == 400 and ranged:
             # Some registries refuse ranges outright (registry.md §1.9).
             self._ranges = False
             await answer.settle()
             answer = await self._send({})
         try:
-            self._position, self._stop = self._extent(answer)
+            self._position, self._until = self._extent(answer)
         except FsmountError:
             await answer.aclose()
             raise
         except _Unexpected:
             raise await answer.error(self._what) from None
         self._answer = answer
-        if self._is_part and self._position == 0 and self._stop == self._size:
-            self.offset, self._end = 0, self._size
+        if self._is_part and self._position == 0 and self._until == self._size:
+            self.offset, self.stop = 0, self._size
         self._is_part = False
 
     async def __anext__(self) -> bytes:
         while True:
-            if self.offset == self._end and (self._answer is None or self._stop > self._end):
+            if self.offset == self.stop and (self._answer is None or self._until > self.stop):
                 await self.aclose()
                 raise StopAsyncIteration
             if self._answer is None:
@@ -86,11 +86,11 @@ class Body(AsyncIterator[bytes]):
                 piece = self._take(await anext(self._answer))
             except StopAsyncIteration:
                 await self.aclose()
-                if self._position < self._stop:
+                if self._position < self._until:
                     await self._pause(Corrupt(f"{self._what} ends after {self.offset} of {self._size} bytes"))
             except Unreachable as error:
                 await self.aclose()
-                if self.offset < self._end:
+                if self.offset < self.stop:
                     await self._pause(error)
             else:
                 if piece:
@@ -124,7 +124,7 @@ class Body(AsyncIterator[bytes]):
     def _ranged(self, answer: Answer) -> tuple[int, int, int | None]:
         said = answer.headers.get_list("Content-Range")
         match = _CONTENT_RANGE.fullmatch(said[0]) if len(said) == 1 else None
-        if match is None or int(match[1]) != self.offset or not int(match[1]) <= int(match[2]) < self._end:
+        if match is None or int(match[1]) != self.offset or not int(match[1]) <= int(match[2]) < self.stop:
             raise Corrupt(f"{self._what} comes as another range than was asked for")
         return int(match[1]), int(match[2]) + 1, None if match[3] == "*" else int(match[3])
 
@@ -132,11 +132,11 @@ class Body(AsyncIterator[bytes]):
         """What of a piece is new. Raises: Corrupt if there is more than there should be."""
         known = max(0, self.offset - self._position)
         self._position += len(piece)
-        if self._position > self._stop:
+        if self._position > self._until:
             raise Corrupt(f"{self._what} is longer than the {self._size} bytes that its descriptor promises")
         # What a server sends beyond what is wanted (of the whole blob, where a range broke off) is left out.
         piece = (
-            piece[known : known + self._end - self.offset] if known or self._position > self._end else piece
+            piece[known : known + self.stop - self.offset] if known or self._position > self.stop else piece
         )
         self.offset += len(piece)
         if piece:

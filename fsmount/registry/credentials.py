@@ -60,7 +60,9 @@ class Match:
 class Step:
     """One place, and what it had to say."""
 
+    #: Who keeps it, or the variable that holds or names it.
     source: str
+    #: What of it; empty for a variable.
     where: str
     result: Result
 
@@ -105,7 +107,7 @@ class Credentials:
             ("configuration", "[registries]", self._ask_configuration)
         ]
         self._add_file(systemd_place(environ))
-        self._places.append(("DOCKER_AUTH_CONFIG", "DOCKER_AUTH_CONFIG", self._ask_variable))
+        self._places.append(("DOCKER_AUTH_CONFIG", "", self._ask_variable))
         for place in file_places(environ, home, uid, run):
             self._add_file(place)
 

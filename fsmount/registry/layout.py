@@ -89,7 +89,7 @@ class Layout:
             if size != descriptor.size:
                 raise Corrupt(f"{what} has {size} bytes, not the {descriptor.size} of its descriptor")
             stop = size if stop is None else stop
-            async with aclosing(_Pieces(start, self._pieces(fd, start, stop, what))) as pieces:
+            async with aclosing(_Pieces(start, stop, self._pieces(fd, start, stop, what))) as pieces:
                 yield pieces
 
     async def small_blob(self, descriptor: Descriptor) -> bytes:
@@ -151,17 +151,20 @@ class Layout:
 
 
 class _Pieces:
-    """An iterator of pieces that tells where the first of them begins."""
+    """An iterator of pieces that tells where they lie."""
 
-    def __init__(self, offset: int, pieces: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, offset: int, stop: int, pieces: AsyncGenerator[bytes, None]) -> None:
         self.offset = offset
+        self.stop = stop
         self._pieces = pieces
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        return await anext(self._pieces)
+        piece = await anext(self._pieces)
+        self.offset += len(piece)
+        return piece
 
     async def aclose(self) -> None:
         await self._pieces.aclose()

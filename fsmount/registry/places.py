@@ -15,8 +15,9 @@ class Place:
 
     #: Whose it is, or the variable that names it.
     source: str
-    #: None: the variable that would name it is not set.
+    #: None: the variable that would lead to it is not set.
     path: Path | None
+    variable: str = ""
     #: Nothing but credentials, as docker before 1.7 wrote.
     flat: bool = False
     #: Somebody named this very file, or its folder.
@@ -25,13 +26,14 @@ class Place:
     @property
     def where(self) -> str:
         """The place as a message shows it."""
-        return str(self.path or self.source)
+        return str(self.path or self.variable)
 
 
 def systemd_place(environ: Mapping[str, str]) -> Place:
     """What a service is given by `LoadCredential=registry-auth:FILE`."""
     folder = environ.get("CREDENTIALS_DIRECTORY")
-    return Place("systemd", Path(folder) / SYSTEMD_NAME) if folder else Place("CREDENTIALS_DIRECTORY", None)
+    path = Path(folder) / SYSTEMD_NAME if folder else None
+    return Place("systemd", path, variable="CREDENTIALS_DIRECTORY")
 
 
 def file_places(environ: Mapping[str, str], home: Path | None, uid: int, run: Path) -> list[Place]:

@@ -21,10 +21,12 @@ class Bytes(Protocol):
 
     @property
     def offset(self) -> int:
-        """Where in the blob the first piece begins: 0 if the whole blob comes instead of the part asked for.
+        """Where in the blob the next piece begins."""
+        ...
 
-        Only before the first piece was taken.
-        """
+    @property
+    def stop(self) -> int:
+        """Where in the blob the last piece ends."""
         ...
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
@@ -66,7 +68,7 @@ class Source(Protocol):
         """The bytes of a blob from start to its end, in pieces as they come. Not verified: the caller hashes.
 
         With a stop, no more is wanted than what lies before it; but a server that knows no ranges sends the
-        whole blob, and then the pieces are that: see `Bytes.offset`.
+        whole blob, and then the pieces are that, as their `offset` and `stop` tell.
 
         A body that breaks off is resumed at the last good byte. Leaving the context closes the connection.
 
