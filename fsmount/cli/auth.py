@@ -68,7 +68,7 @@ def _verdict(name: str, explanation: Explanation) -> str:
     match = explanation.match
     if match is None:
         return f"{name}: nobody has credentials; it is used anonymously"
-    where = next(step.where for step in explanation.steps if step.result.name == "USED")
+    where = next(step.where or step.source for step in explanation.steps if step.result.name == "USED")
     if match.credential is None:
         return f"{name}: anonymous, as {where} wants it"
     kind, username = _described(match.credential)

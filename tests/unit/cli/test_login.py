@@ -349,8 +349,8 @@ def test_auth_shows_every_place_and_the_one_that_wins(run, docker, home):
     assert [line.split() for line in out.splitlines()[:-2]] == [
         ["configuration", "[registries]", "has", "nothing", "for", "it"],
         ["systemd", f"{home}/CREDENTIALS_DIRECTORY/registry-auth", "does", "not", "exist"],
-        ["DOCKER_AUTH_CONFIG", "DOCKER_AUTH_CONFIG", "not", "set"],
-        ["REGISTRY_AUTH_FILE", "REGISTRY_AUTH_FILE", "not", "set"],
+        ["DOCKER_AUTH_CONFIG", "not", "set"],
+        ["REGISTRY_AUTH_FILE", "not", "set"],
         ["podman", f"{home}/XDG_RUNTIME_DIR/containers/auth.json", "does", "not", "exist"],
         ["podman", f"{home}/XDG_CONFIG_HOME/containers/auth.json", "does", "not", "exist"],
         ["docker", str(docker), "is", "used"],
@@ -392,6 +392,13 @@ def test_auth_says_who_we_are(run, docker, home, file, config, verdict):
     (home / "config.toml").write_text(f'[registries."{HOST}"]\n{config}\n')
     code, out, _ = run("auth", HOST, "--config", str(home / "config.toml"))
     assert (code, out.splitlines()[-1]) == (0, f"{HOST}: {verdict.format(docker=docker, host=HOST)}")
+
+
+def test_auth_names_the_variable_that_has_them(run, monkeypatch):
+    monkeypatch.setenv("DOCKER_AUTH_CONFIG", json.dumps({"auths": {HOST: auth("me", "s3cret")}}))
+    assert run("auth", HOST)[1].endswith(
+        f"{HOST}: password of me, from DOCKER_AUTH_CONFIG, under the key {HOST}\n"
+    )
 
 
 def test_auth_for_programs_is_json(run, docker, home):

@@ -498,9 +498,9 @@ async def test_it_tells_which_places_were_asked_and_which_one_has_the_credential
     explanation = await world.credentials().explain(HOST, "team/web")
     assert explanation.steps == (
         Step("configuration", "[registries]", Result.NOTHING),
-        Step("CREDENTIALS_DIRECTORY", "CREDENTIALS_DIRECTORY", Result.UNSET),
-        Step("DOCKER_AUTH_CONFIG", "DOCKER_AUTH_CONFIG", Result.UNSET),
-        Step("REGISTRY_AUTH_FILE", "REGISTRY_AUTH_FILE", Result.UNSET),
+        Step("systemd", "CREDENTIALS_DIRECTORY", Result.UNSET),
+        Step("DOCKER_AUTH_CONFIG", "", Result.UNSET),
+        Step("REGISTRY_AUTH_FILE", "", Result.UNSET),
         Step("podman", str(root / "run/user/7/containers/auth.json"), Result.ABSENT),
         Step("podman", str(root / "home/.config/containers/auth.json"), Result.NOTHING),
         Step("docker", str(world.docker), Result.USED),

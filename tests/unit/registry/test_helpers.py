@@ -130,7 +130,7 @@ async def test_a_helper_that_takes_too_long_or_is_not_waited_for_is_killed(
     alive = tmp_path / "alive"
     os.mkfifo(alive)
     # The FIFO is open for writing for as long as this process, which is the helper itself, lives.
-    install_program(bin, "slow", f"#!/bin/sh\nexec >{alive}\necho up\nexec sleep 1000\n")
+    install_program(bin, "slow", f"#!/bin/sh\ntrap '' TERM\nexec >{alive}\necho up\nexec sleep 1000\n")
     expired = False
 
     async def get(scope: trio.CancelScope) -> None:
