@@ -185,12 +185,15 @@ class Layer:
         Raises: NotFound (no such member), Corrupt, Unreachable and other kinds of FsmountError.
         Cancellation: safe; what is being fetched goes on for other readers.
         """
-        index = self.index
-        if index is None:  # the pass that found the member has failed; what it found is found again
-            index = await self.wait_complete()
-        content = index.content(member)
-        if content is None:
-            raise NotFound(f"layer {self.spec.descriptor.digest} has no member {member}")
+        while True:
+            index = self.index
+            content = index.content(member) if index is not None else None
+            if content is not None:
+                break
+            if index is not None and index.complete:
+                raise NotFound(f"layer {self.spec.descriptor.digest} has no member {member}")
+            # Found in a pass that broke off: the next one shows it under the same number.
+            await self.wait_progress()
         logical_size, extents = content
         stop = min(offset + size, logical_size)
         if stop <= offset:
@@ -217,10 +220,9 @@ class Layer:
                 descriptor = await self.open_chunk(number)
             piece = os.pread(descriptor, take, offset - start)
             if len(piece) != take:
+                # Cut short on disk since it was opened.
                 await self._layers.chunks.drop([self._chunk_key(number)])
-                raise Corrupt(
-                    f"chunk {number} of layer {self.spec.descriptor.digest} is cut short in the cache"
-                )
+                continue
             pieces.append(piece)
             offset += take
             size -= take
@@ -239,9 +241,10 @@ class Layer:
                 left -= size
 
     def _locate(self, offset: int) -> tuple[int, int, int]:
-        if self._index is not None and self._index.complete:
-            number = self._index.chunk_at(offset)
-            chunk = self._index.chunks[number]
+        index = self.index
+        if index is not None and index.complete:
+            number = index.chunk_at(offset)
+            chunk = index.chunks[number]
             return number, chunk.start, chunk.size
         number = offset // CHUNK_SIZE
         return number, number * CHUNK_SIZE, CHUNK_SIZE
@@ -253,8 +256,9 @@ class Layer:
         """A descriptor of the chunk, verified, fetched if need be. Ownership: the store's; use it before awaiting."""
         key = self._chunk_key(number)
         chunks = self._layers.chunks
-        if self._index is not None and self._index.complete:
-            descriptor = await chunks.open(key, self._index.chunks[number].sha256)
+        index = self.index
+        if index is not None and index.complete:
+            descriptor = await chunks.open(key, index.chunks[number].sha256)
             if descriptor is not None:
                 return descriptor
         while True:
@@ -331,7 +335,7 @@ class Layer:
             builder.close()
             if finished is None:
                 Path(name).unlink(missing_ok=True)
-                keys = [self._chunk_key(number) for number in range(running.kept)]
+                keys = [self._chunk_key(number) for number in range(running.kept + 1)]
                 with trio.move_on_after(10, shield=True):
                     await self._layers.chunks.drop(keys)
 
@@ -413,7 +417,8 @@ class Layer:
         return await self._layers.chunks.open(self._chunk_key(number), sha256) is not None
 
     def _store(self, keep: Keep, key: str, portion: Portion) -> bool:
-        keep.add(portion)
+        with disk_errors(self._layers.folder.layers):
+            keep.add(portion)
         try:
             if portion.data:
                 self._layers.chunks.put(key, portion.data)

@@ -160,7 +160,17 @@ class Overlay:
         explicit: Member | None = None  # the topmost member that describes that directory
         parts: list[tuple[int, int]] = []
         closed = False
-        for position, found, removed in candidates:
+        while True:
+            try:
+                position, found, removed = next(candidates)
+            except StopIteration:
+                break
+            except Undecided as undecided:
+                if real is None or explicit is None:
+                    raise
+                if not closed:
+                    parts.append((undecided.position, _UNDECIDED))
+                break
             if found is not None:
                 member = found.member
                 if member is None or member.type is not EntryType.DIRECTORY:

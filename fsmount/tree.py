@@ -86,7 +86,7 @@ class StoredTree:
             f"SELECT id, {_COLUMNS} FROM nodes WHERE id >= ? AND id < ? ORDER BY id",
             (max(first, after + 1), stop),
         )
-        return (Child(_node(row[1:]), row[0]) for row in rows)
+        return (Child(_node(row), number) for number, *row in rows)
 
     def folders(self) -> Iterator[tuple[int, Node]]:
         """Every directory but the root, with its parent's number; parents come first."""
@@ -130,8 +130,9 @@ class StoredTree:
         return int(row[0]), int(row[1])
 
 
-def _node(row: tuple[Any, ...]) -> Node:
-    return Node(row[0], row[1], Member(row[2], _TYPES[row[3]], *row[4:]))
+def _node(row: Sequence[Any]) -> Node:
+    name, layer, number, kind, *rest = row
+    return Node(name, layer, Member(number, _TYPES[kind], *rest))
 
 
 def write_tree(path: Path, overlay: Overlay) -> None:

@@ -1,5 +1,6 @@
 """ChunkStore: the evictable part of the cache, and the only home of diskcache."""
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -7,11 +8,12 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diskcache
 import trio
@@ -33,6 +35,11 @@ class _RawDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no type h
     writes a value line by line, which takes 113 ms for 1 MiB of newlines; here it is one write.
     """
 
+    def __init__(self, directory: str, **settings: Any) -> None:
+        super().__init__(directory, **settings)
+        #: What this thread has stored last.
+        self.last = threading.local()
+
     def put(self, key: Any) -> tuple[Any, bool]:
         if type(key) is not str:
             raise TypeError("chunk keys are text")
@@ -44,13 +51,21 @@ class _RawDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no type h
         return key
 
     def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> tuple[int, int, str, None]:
+        rest = memoryview(value)
         filename, full_path = self.filename(key, value)
-        os.makedirs(os.path.dirname(full_path), exist_ok=True)
-        descriptor = os.open(full_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        for left in range(10, -1, -1):
+            try:
+                os.makedirs(os.path.dirname(full_path), exist_ok=True)
+                descriptor = os.open(full_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+                break
+            except FileNotFoundError:
+                # Another thread or process has just removed the folder, because it was empty.
+                if not left:
+                    raise
         try:
-            rest = memoryview(value)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
+            self.last.path, self.last.stamp = full_path, _stamp(descriptor)
         except BaseException:
             os.unlink(full_path)
             raise
@@ -89,7 +104,9 @@ class ChunkStore:
             self._cache = self._connect()
         self._limiter = trio.CapacityLimiter(STORE_THREADS)
         self._hot: OrderedDict[str, int] = OrderedDict()
-        self._verified: set[str] = set()
+        #: Of each chunk, the file that was found to be right, as it was then.
+        self._verified: dict[str, _Stamp] = {}
+        self._dropped: dict[str, int] = {}
 
     def _connect(self) -> Any:
         return diskcache.Cache(
@@ -126,7 +143,11 @@ class ChunkStore:
 
         Ownership: as `hot`.
         """
+        dropped = self._dropped.get(key)
         descriptor = await trio.to_thread.run_sync(self._load, key, sha256, limiter=self._limiter)
+        if descriptor is not None and self._dropped.get(key) != dropped:
+            os.close(descriptor)
+            return None
         return None if descriptor is None else self._keep_open(key, descriptor)
 
     def _load(self, key: str, sha256: bytes) -> int | None:
@@ -139,13 +160,14 @@ class ChunkStore:
             return None
         with value:
             descriptor = os.dup(value.fileno())
-        if key not in self._verified:
+        stamp = _stamp(descriptor)
+        if self._verified.get(key) != stamp:
             if not _has_digest(descriptor, sha256):
                 os.close(descriptor)
                 log.warning("chunk %s is damaged on disk: dropped", key)
-                self._delete([key])
+                self._delete_file(key, stamp)
                 return None
-            self._verified.add(key)
+            self._verified[key] = stamp
         return descriptor
 
     def _keep_open(self, key: str, descriptor: int) -> int:
@@ -157,19 +179,36 @@ class ChunkStore:
             os.close(self._hot.popitem(last=False)[1])
         return descriptor
 
-    def put(self, key: str, data: bytes | memoryview, *, verified: bool = True) -> None:
+    def _delete_file(self, key: str, stamp: "_Stamp") -> None:
+        """Deletes a chunk unless another has been stored in its place."""
+        try:
+            with self._cache.transact():
+                value = self._cache.get(key, read=True)
+                if value is not None:
+                    with value:
+                        same = _stamp(value.fileno()) == stamp
+                    if same:
+                        self._cache.delete(key)
+        except (OSError, ValueError, sqlite3.Error, diskcache.Timeout) as error:
+            log.warning("chunk %s cannot be removed: %s", key, error)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Stores a chunk whose digest the caller knows. For worker threads. Raises: NoSpace, FsmountError."""
+        last = self._cache.disk.last
+        last.path = None
         try:
             self._cache.set(key, data)
         except OSError as error:
             raise from_os_error(error, self._folder) from error
         except (sqlite3.Error, diskcache.Timeout) as error:
+            if last.path is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(last.path)
             full = (
                 OSError(errno.ENOSPC, str(error)) if "full" in str(error) else OSError(errno.EIO, str(error))
             )
             raise from_os_error(full, self._folder) from error
-        if verified:
-            self._verified.add(key)
+        self._verified[key] = last.stamp
 
     def hold(self, key: str, data: bytes | memoryview) -> None:
         """Makes a chunk hot that could not be stored: it lives in memory until it falls out of the recent ones."""
@@ -183,8 +222,14 @@ class ChunkStore:
             descriptor = self._hot.pop(key, None)
             if descriptor is not None:
                 os.close(descriptor)
-            self._verified.discard(key)
+            self._verified.pop(key, None)
+        self._count_dropped(keys)
         await trio.to_thread.run_sync(self._delete, keys, limiter=self._limiter)
+        self._count_dropped(keys)
+
+    def _count_dropped(self, keys: list[str]) -> None:
+        for key in keys:
+            self._dropped[key] = self._dropped.get(key, 0) + 1
 
     def _delete(self, keys: list[str]) -> None:
         for key in keys:
@@ -196,6 +241,15 @@ class ChunkStore:
     def stored(self, keys: list[str]) -> int:
         """How many of these chunks are on disk. Blocks on the disk, briefly."""
         return sum(key in self._cache for key in keys)
+
+
+_Stamp: TypeAlias = tuple[int, int, int, int]
+
+
+def _stamp(descriptor: int) -> _Stamp:
+    """Another value when another file, or the same one after a change, is open."""
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _has_digest(descriptor: int, sha256: bytes) -> bool:

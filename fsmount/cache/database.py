@@ -1,5 +1,6 @@
 """How fsmount writes and opens the SQLite files that are written once and then only read."""
 
+import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from fsmount.errors import FsmountError
 
 #: Few sizes, so that the statements stay prepared.
 _ROWS_AT_ONCE = (256, 16, 1)
+_HEADER_SIZE = 100
 
 
 def create(path: Path, *, schema: str, version: int) -> sqlite3.Connection:
@@ -46,9 +48,14 @@ def open_finished(path: Path, *, version: int) -> sqlite3.Connection | None:
 
     Raises: FsmountError when the file is no database.
     """
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            header, size = file.read(_HEADER_SIZE), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
         return None
     try:
+        if size != _written_size(header):
+            raise sqlite3.DatabaseError("it is cut short")
         connection = sqlite3.connect(uri(path), uri=True, isolation_level=None, check_same_thread=False)
         (found,) = connection.execute("PRAGMA user_version").fetchone()
         if found != version:
@@ -59,6 +66,15 @@ def open_finished(path: Path, *, version: int) -> sqlite3.Connection | None:
             f"{path} is damaged: {error}", remedy="Remove that file: it is made again from the source."
         ) from error
     return connection
+
+
+def _written_size(header: bytes) -> int:
+    """What a database's header says of the file (sqlite.org/fileformat2.html, section 1.3).
+
+    SQLite itself would only notice when it looks for a page that is missing.
+    """
+    page_size = int.from_bytes(header[16:18], "big")
+    return (65536 if page_size == 1 else page_size) * int.from_bytes(header[28:32], "big")
 
 
 def uri(path: Path) -> str:

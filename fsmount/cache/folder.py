@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +103,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise from_os_error(error, path) from error
+    except sqlite3.OperationalError as error:
+        full = "full" in str(error)
+        raise from_os_error(OSError(errno.ENOSPC if full else errno.EIO, str(error)), path) from error
 
 
 def from_os_error(

@@ -139,9 +139,8 @@ class Operations:
     def _list(
         self, view: View, content: Shown, stored: StoredTree, place: Directory, after: int, listing: Listing
     ) -> bytes:
-        for child in stored.children(content.directory(place.directory), after):
-            attributes = self._node_attributes(view, content.tree, child.node)
-            if not listing.add(child.node.name, attributes, child.offset):
+        for node, offset in stored.children(content.directory(place.directory), after):
+            if not listing.add(node.name, self._node_attributes(view, content.tree, node), offset):
                 break
         return listing.finish()
 

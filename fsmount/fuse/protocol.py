@@ -6,8 +6,8 @@ reads or writes a descriptor.
 
 import enum
 import os
-import stat
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -79,9 +79,11 @@ _READ_IN = struct.Struct("=QQI")  # handle, offset, size; flags follow
 _INTERRUPT_IN = struct.Struct("=Q")
 _STATFS_OUT = struct.Struct("=5Q4I24x")
 _ATTR = "6Q10I"
+_DIRENT_FORM = "QQII"
 _ATTR_OUT = struct.Struct("=QII" + _ATTR)
 _ENTRY_OUT = struct.Struct("=QQQQII" + _ATTR)
-_DIRENT = struct.Struct("=QQII")
+_DIRENT = struct.Struct("=" + _DIRENT_FORM)
+_DIRENTPLUS = struct.Struct(_ENTRY_OUT.format + _DIRENT_FORM)
 _INIT_IN = struct.Struct("=IIII")
 _INIT_FLAGS = struct.Struct("=I")
 _INIT_BACKGROUND = struct.Struct("=HH")
@@ -92,6 +94,7 @@ HEADER_SIZE = _IN_HEADER.size
 BUFFER_SIZE = (1 << 20) + (1 << 16)
 #: Names are followed by zeros to a multiple of this.
 _ALIGNMENT = 8
+_PADDING = [bytes(length) for length in range(_ALIGNMENT)]
 _U64 = (1 << 64) - 1
 _BLOCK = 512
 
@@ -132,17 +135,12 @@ def error_reply(unique: int, errno: int) -> bytes:
 
 def pack_attributes(attributes: Attributes) -> bytes:
     """The answer to GETATTR."""
-    seconds, nanoseconds = _duration(attributes.seconds)
-    return _ATTR_OUT.pack(seconds, nanoseconds, 0, *_attr(attributes))
+    return _ATTR_OUT.pack(*_duration(attributes.seconds), 0, *_attr(attributes))
 
 
 def pack_entry(attributes: Attributes) -> bytes:
     """The answer to LOOKUP."""
-    name_seconds, name_nanoseconds = _duration(attributes.name_seconds)
-    seconds, nanoseconds = _duration(attributes.seconds)
-    return _ENTRY_OUT.pack(
-        attributes.inode, 0, name_seconds, seconds, name_nanoseconds, nanoseconds, *_attr(attributes)
-    )
+    return _ENTRY_OUT.pack(*_entry(attributes))
 
 
 def pack_statfs(*, block_size: int, name_max: int) -> bytes:
@@ -156,22 +154,23 @@ class Listing:
     def __init__(self, size: int, *, plus: bool) -> None:
         self._left = size
         self._plus = plus
+        self._header = _DIRENTPLUS.size if plus else _DIRENT.size
         self._parts: list[bytes] = []
 
     def add(self, name: bytes, attributes: Attributes, offset: int) -> bool:
         """Whether it fitted; offset is where a listing goes on after this entry."""
         length = len(name)
         padding = -length % _ALIGNMENT
-        size = _DIRENT.size + length + padding
-        if self._plus:
-            size += _ENTRY_OUT.size
-        if size > self._left:
+        self._left -= self._header + length + padding
+        if self._left < 0:
+            self._left = 0  # entries follow each other: a shorter one does not fit any more either
             return False
-        self._left -= size
+        kind = attributes.mode >> 12  # S_IFMT, as dirent.d_type has it
         if self._plus:
-            self._parts.append(pack_entry(attributes))
-        self._parts.append(_DIRENT.pack(attributes.inode, offset, length, stat.S_IFMT(attributes.mode) >> 12))
-        self._parts.append(name + bytes(padding))
+            header = _DIRENTPLUS.pack(*_entry(attributes), attributes.inode, offset, length, kind)
+        else:
+            header = _DIRENT.pack(attributes.inode, offset, length, kind)
+        self._parts += (header, name, _PADDING[padding])
         return True
 
     def finish(self) -> bytes:
@@ -194,18 +193,25 @@ def parallel_init(init: bytes, answer: bytes, *, background: int) -> bytes:
     return bytes(changed)
 
 
+def _entry(a: Attributes) -> tuple[int, ...]:
+    """struct fuse_entry_out."""
+    name_seconds, name_nanoseconds = _duration(a.name_seconds)
+    seconds, nanoseconds = _duration(a.seconds)
+    return (a.inode, 0, name_seconds, seconds, name_nanoseconds, nanoseconds, *_attr(a))
+
+
 def _attr(a: Attributes) -> tuple[int, ...]:
     """struct fuse_attr."""
-    mtime, mtime_ns = divmod(a.mtime_ns, 1_000_000_000)
+    inode, mode, nlink, uid, gid, device, size, mtime_ns, ctime_ns, _, _ = a
+    mtime, mtime_ns = divmod(mtime_ns, 1_000_000_000)
+    ctime, ctime_ns = divmod(ctime_ns, 1_000_000_000)
     mtime &= _U64
-    ctime, ctime_ns = (mtime, mtime_ns) if a.ctime_ns == a.mtime_ns else divmod(a.ctime_ns, 1_000_000_000)
-    blocks = (a.size + _BLOCK - 1) // _BLOCK
-    return (
-        *(a.inode, a.size, blocks, mtime, mtime, ctime & _U64, mtime_ns, mtime_ns, ctime_ns),
-        *(a.mode, a.nlink, a.uid, a.gid, a.device, 4096, 0),
-    )
+    blocks = (size + _BLOCK - 1) // _BLOCK
+    times = (mtime, mtime, ctime & _U64, mtime_ns, mtime_ns, ctime_ns)
+    return (inode, size, blocks, *times, mode, nlink, uid, gid, device, 4096, 0)
 
 
+@lru_cache(maxsize=16)
 def _duration(seconds: float) -> tuple[int, int]:
     whole = int(seconds)
     return whole, int((seconds - whole) * 1e9)

@@ -149,11 +149,11 @@ async def test_an_entry_is_a_name_s_inode_times_and_attributes() -> None:
     assert values[15:] == (stat.S_IFREG | 0o644, 1, 2, 3, 0, 4096, 0)
 
 
-def test_a_listing_holds_as_many_entries_as_fit() -> None:
-    listing = Listing(2 * (128 + 24 + 8), plus=True)
+def test_a_listing_holds_as_many_entries_as_fit_and_none_after_one_that_does_not() -> None:
+    listing = Listing(2 * (128 + 24 + 8) + 16, plus=True)
     assert listing.add(b"eight888", _FILE, 11)
-    assert not listing.add(b"nine99999", _FILE, 12)
-    assert listing.add(b"x", _FILE, 13)
+    assert listing.add(b"x", _FILE, 12)
+    assert not listing.add(b"nine99999", _FILE, 13)
     assert not listing.add(b"", _FILE, 14)
     data = listing.finish()
     assert len(data) == 320

@@ -1,0 +1,339 @@
+"""The store of chunks: what is read back is what was stored, or nothing; never a pickle, never more than its size."""
+
+import errno
+import hashlib
+import os
+import pickle
+import sqlite3
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from fsmount.cache.chunks import ChunkStore, open_chunk_store
+from fsmount.errors import FsmountError, NoSpace
+
+GOOD, BAD = b"good" * 2500, b"evil" * 2500
+SHA256 = hashlib.sha256(GOOD).digest()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "chunks"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[ChunkStore]:
+    with open_chunk_store(folder, size=10**9) as store:
+        yield store
+
+
+def files(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.val"))
+
+
+def open_chunks() -> int:
+    """How many descriptors of chunks this process has."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the listing's own
+        count += ".val" in target or "fsmount-chunk" in target
+    return count
+
+
+def content(descriptor: int | None) -> bytes | None:
+    return None if descriptor is None else os.pread(descriptor, 10**6, 0)
+
+
+async def test_a_chunk_is_read_back_by_this_process_and_by_others(folder: Path, store: ChunkStore) -> None:
+    store.put("a", memoryview(GOOD))
+    assert store.hot("a") is None
+    assert content(await store.open("a", SHA256)) == content(store.hot("a")) == GOOD
+    assert await store.open("b", SHA256) is None
+    assert store.stored(["a", "b"]) == 1
+    with open_chunk_store(folder, size=10**9) as other:
+        assert content(await other.open("a", SHA256)) == GOOD
+
+
+@pytest.mark.parametrize("data", [BAD, GOOD[:-1], b""])
+async def test_a_chunk_of_another_digest_counts_as_absent_and_is_dropped(
+    folder: Path, store: ChunkStore, data: bytes
+) -> None:
+    store.put("a", GOOD)
+    files(folder)[0].write_bytes(data)
+    with open_chunk_store(folder, size=10**9) as other:
+        assert await other.open("a", SHA256) is None
+        assert other.hot("a") is None
+    assert files(folder) == []
+    store.put("a", GOOD)
+    assert content(await store.open("a", SHA256)) == GOOD
+
+
+async def test_what_another_process_has_stored_over_a_chunk_is_checked_too(
+    folder: Path, store: ChunkStore
+) -> None:
+    store.put("a", GOOD)
+    with open_chunk_store(folder, size=10**9) as other:
+        other.put("a", BAD)
+    assert await store.open("a", SHA256) is None
+
+
+async def test_dropping_forgets_the_file_and_the_descriptor(folder: Path, store: ChunkStore) -> None:
+    for key in "ab":
+        store.put(key, GOOD)
+        await store.open(key, SHA256)
+    store.hold("c", GOOD)
+    await store.drop(["a", "c", "never stored"])
+    assert [store.hot(key) is None for key in "abc"] == [True, False, True]
+    assert store.stored(["a", "b", "c"]) == len(files(folder)) == open_chunks() == 1
+
+
+async def test_a_chunk_that_is_held_lives_in_memory(folder: Path, store: ChunkStore) -> None:
+    store.hold("a", memoryview(GOOD))
+    assert content(store.hot("a")) == GOOD
+    assert files(folder) == []
+
+
+async def test_the_least_recent_descriptors_are_closed_and_closing_closes_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsmount.cache.chunks.HOT_CHUNKS", 2)
+    with open_chunk_store(folder, size=10**9) as store:
+        for key in "abc":
+            store.put(key, GOOD)
+        for key in "abac":
+            await store.open(key, SHA256)
+        assert [store.hot(key) is None for key in "abc"] == [False, True, False]
+        assert store.hot("a") is not None
+        await store.open("b", SHA256)
+        assert [store.hot(key) is None for key in "abc"] == [False, False, True]
+        assert open_chunks() == 2
+    assert open_chunks() == 0
+
+
+# -------------------- two at once
+
+
+class Held:
+    """A function that a worker thread is in the middle of, until it may go on."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+        self.entered = trio.Event()
+        self.proceed = threading.Event()
+
+    def __call__(self, *args: object, **options: object) -> object:
+        result = self._function(*args, **options)
+        trio.from_thread.run_sync(self.entered.set)
+        self.proceed.wait(60)
+        return result
+
+
+async def test_a_chunk_that_is_dropped_while_it_is_opened_is_not_open_afterwards(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a", BAD)
+    held = Held(store._load)
+    monkeypatch.setattr(store, "_load", held)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.open, "a", hashlib.sha256(BAD).digest())
+        await held.entered.wait()
+        await store.drop(["a"])
+        held.proceed.set()
+    assert store.hot("a") is None
+
+
+async def test_a_chunk_that_is_stored_while_a_damaged_one_is_checked_stays(
+    folder: Path, store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a", BAD)
+    held = Held(lambda descriptor, sha256: False)
+    monkeypatch.setattr("fsmount.cache.chunks._has_digest", held)
+    with open_chunk_store(folder, size=10**9) as other:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other.open, "a", SHA256)
+            await held.entered.wait()
+            store.put("a", GOOD)
+            held.proceed.set()
+    assert store.stored(["a"]) == 1
+
+
+def test_a_folder_that_another_process_removes_as_empty_is_made_again(
+    folder: Path, store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makedirs = os.makedirs
+    removed: list[str] = []
+
+    def make_and_lose(path: str, *args: object, **options: object) -> None:
+        makedirs(path, *args, **options)  # type: ignore[arg-type]
+        if not removed:
+            removed.append(path)
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "makedirs", make_and_lose)
+    store.put("a", GOOD)
+    assert removed and store.stored(["a"]) == 1
+
+
+# -------------------- size
+
+
+def test_the_store_stays_within_its_size_also_when_that_has_changed(folder: Path) -> None:
+    with open_chunk_store(folder, size=1) as store:
+        empty = store.volume
+    for chunks in (60, 30):
+        size = empty + chunks * len(GOOD)
+        with open_chunk_store(folder, size=size) as store:
+            for number in range(100):
+                store.put(f"{chunks}/{number}", GOOD)
+            assert store.volume <= size
+            assert chunks - 20 < len(files(folder)) < chunks
+
+
+async def test_the_least_recently_read_goes_first(folder: Path) -> None:
+    keys = [str(number) for number in range(40)]
+    with open_chunk_store(folder, size=1) as store:
+        size = store.volume + 35 * len(GOOD)
+    with open_chunk_store(folder, size=size) as store:
+        for key in keys[:30]:
+            store.put(key, GOOD)
+        for key in ("0", "3"):
+            await store.open(key, SHA256)
+        for key in keys[30:]:
+            store.put(key, GOOD)
+        assert store.stored(["0", "3", "39"]) == 3
+        assert store.stored(["1", "2", "4"]) == 0
+
+
+async def test_an_evicted_chunk_that_is_open_stays_readable(folder: Path, store: ChunkStore) -> None:
+    store.put("a", GOOD)
+    await store.open("a", SHA256)
+    with open_chunk_store(folder, size=1) as other:
+        other.put("b", GOOD)
+    assert files(folder) == []
+    assert content(store.hot("a")) == GOOD
+
+
+def test_a_full_disk_is_no_space_and_leaves_no_half_a_chunk(
+    folder: Path, store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    for code, kind in ((errno.ENOSPC, NoSpace), (errno.EDQUOT, NoSpace), (errno.EIO, FsmountError)):
+
+        def fail(descriptor: int, data: memoryview, code: int = code) -> int:
+            if len(data) < len(GOOD):
+                raise OSError(code, os.strerror(code))
+            return write(descriptor, data[:100])
+
+        with monkeypatch.context() as patch, pytest.raises(kind) as caught:
+            patch.setattr(os, "write", fail)
+            store.put("a", GOOD)
+        assert type(caught.value) is kind
+        assert files(folder) == []
+
+
+def test_a_database_that_finds_no_space_is_no_space_and_leaves_no_chunk_that_nobody_knows(
+    folder: Path, store: ChunkStore
+) -> None:
+    store._cache._sql("PRAGMA max_page_count=1")
+    with pytest.raises(NoSpace):
+        store.put("a" * 10_000, GOOD)
+    assert files(folder) == []
+
+
+# -------------------- foreign and damaged
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("column", ["value", "filename", "key"])
+async def test_a_pickle_that_somebody_planted_is_never_run(
+    folder: Path, store: ChunkStore, tmp_path: Path, column: str
+) -> None:
+    ran = tmp_path / "ran"
+    payload = pickle.dumps(Payload(ran))
+    store.put("a", GOOD)
+    with sqlite3.connect(folder / "cache.db") as database:
+        if column == "value":
+            database.execute("UPDATE Cache SET mode = 4, filename = NULL, value = ?", (payload,))
+        elif column == "filename":
+            files(folder)[0].write_bytes(payload)
+            database.execute("UPDATE Cache SET mode = 4")
+        else:
+            database.execute("UPDATE Cache SET key = ?, raw = 0", (payload,))
+    database.close()
+    with open_chunk_store(folder, size=10**9) as other:
+        assert await other.open("a", SHA256) is None
+        other.put("a", GOOD)
+        assert content(await other.open("a", SHA256)) == GOOD
+        await other.drop(["a"])
+    assert not ran.exists()
+    pickle.loads(payload)
+    assert ran.exists(), "the payload would have shown it"
+
+
+@pytest.mark.parametrize("value", [1, None, "text", [GOOD]])
+def test_nothing_but_bytes_is_stored(folder: Path, store: ChunkStore, value: object) -> None:
+    with pytest.raises(TypeError):
+        store.put("a", value)  # type: ignore[arg-type]
+    assert files(folder) == []
+
+
+@pytest.mark.parametrize("key", [1, b"a", ("a",), None])
+def test_keys_are_text(store: ChunkStore, key: object) -> None:
+    with pytest.raises(TypeError):
+        store.put(key, GOOD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"garbage!" * 100,
+        lambda data: b"garbage!" * 2 + data[16:],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:4096] + b"\xff" * (len(data) - 4096),
+        lambda data: b"",
+    ],
+    ids=["no database", "no header", "half of it", "only its first page", "nothing of it"],
+)
+async def test_a_damaged_database_is_moved_aside_and_the_store_opens_empty(
+    folder: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    with open_chunk_store(folder, size=10**9) as store:
+        for number in range(100):
+            store.put(str(number), GOOD)
+    database = folder / "cache.db"
+    for path in folder.glob("cache.db-*"):
+        path.unlink()
+    database.write_bytes(damage(database.read_bytes()))
+    for _ in range(2):
+        with open_chunk_store(folder, size=10**9) as store:
+            store.put("a", GOOD)
+            assert content(await store.open("a", SHA256)) == GOOD
+            assert store.stored([str(number) for number in range(100)]) == 0
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_chunks_are_readable_by_their_owner_alone(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        with open_chunk_store(folder, size=10**9) as store:
+            store.put("a", GOOD)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(files(folder)[0].stat().st_mode) == 0o600

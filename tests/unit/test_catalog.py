@@ -1,0 +1,490 @@
+"""Apps, tags and views: asked once for many, known for ever, and looked after in the background."""
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from fsmount.cache.numbers import Numbers
+from fsmount.catalog import VIEW_ROOT, App, Catalog, Content, View
+from fsmount.errors import AccessDenied, DeadlineExpired, FsmountError, NotFound, Unreachable
+from fsmount.oci.digest import Digest
+from fsmount.oci.platform import Platform
+from tests.fakes.source import FakeSource, Gate, open_layers
+from tests.fakes.tar import DIRECTORY, Member, archive
+
+AMD64 = Platform("linux", "amd64")
+GONE = Unreachable("the registry went away")
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    """With one image of one file, as `v1`."""
+    source = FakeSource()
+    put(source, "v1", b"first")
+    return source
+
+
+def put(source: FakeSource, tag: str | None, name: bytes) -> Digest:
+    """An image of a file of that name in `dist`."""
+    layer = source.put_layer(archive(Member(b"dist/", type=DIRECTORY), Member(b"dist/" + name, name)))
+    return source.put_image(tag, [layer])
+
+
+def app(
+    source: FakeSource, name: str = "web", *, path: bytes = b"", platform: Platform = AMD64, tags: str = "*"
+) -> App:
+    subtree = tuple(path.split(b"/")) if path else ()
+    return App(name, source, subtree, platform, lambda tag: fnmatchcase(tag, tags), refresh_seconds=60)
+
+
+@asynccontextmanager
+async def open_catalog(cache: Path, *apps: App) -> AsyncIterator[Catalog]:
+    """The catalog of one process."""
+    async with open_layers(cache) as layers:
+        yield Catalog(apps, layers, layers.nursery)
+
+
+async def names(content: Content) -> list[bytes]:
+    """What a view shows."""
+    stored = await content.tree.stored()
+    return [child.node.name for child in stored.children(content.directory(VIEW_ROOT))]
+
+
+# -------------------- tags
+
+
+async def test_tags_are_listed_once_for_all_who_ask_and_again_behind_the_scenes_when_they_are_old(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource
+) -> None:
+    source.silent = Gate()
+    got: list[list[str]] = []
+
+    async def ask() -> None:
+        got.append(await catalog.tags(web))
+
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(ask)
+            await source.silent.held.wait()
+            source.silent.open()
+        assert got == [["v1"]] * 10
+        put(source, "v2", b"second")
+        changed = catalog.look_after(web)
+        for seconds, expected in (
+            (0, ["v1"]),
+            (59, ["v1"]),
+            (1, ["v1"]),
+            (0, ["v1", "v2"]),
+            (1, ["v1", "v2"]),
+        ):
+            mock_clock.jump(seconds)
+            assert await catalog.tags(web) == expected
+            await wait_all_tasks_blocked()
+        assert source.asked["tags"] == 2
+        later = catalog.look_after(web)
+        assert changed is not None and later is not None and later > changed
+        mock_clock.jump(60)
+        for _ in range(2):
+            assert catalog.look_after(web) == later, "nothing has changed"
+            await wait_all_tasks_blocked()
+        assert source.asked["tags"] == 3
+
+
+async def test_housekeeping_and_what_no_pattern_matches_is_not_listed_but_opens_by_name(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    hidden = [f"sha256-{'a' * 64}{end}" for end in ("", ".sig", ".att", ".sbom")]
+    for tag in ("v2", "latest", "no tag", *hidden):
+        source.listed[tag] = source.listed["v1"]
+    web = app(source, tags="v*")
+    everything = app(source, "all")
+    async with open_catalog(tmp_path, web, everything) as catalog:
+        assert await catalog.tags(web) == ["v1", "v2"]
+        assert await catalog.tags(everything) == ["latest", "v1", "v2"]
+        for tag in ("latest", hidden[0]):
+            content = await catalog.content(await catalog.view(web, tag))
+            assert content.image.digest == source.listed["v1"]
+
+
+# -------------------- views
+
+
+async def test_a_listed_tag_is_not_asked_for_until_somebody_looks_inside_and_then_once(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        await catalog.tags(web)
+        view = await catalog.view(web, "v1")
+        assert view is await catalog.view(web, "v1") is catalog.view_numbered(view.number)
+        assert (view.root, view.created, catalog.ready(view)) == (None, None, None)
+        assert source.asked["v1"] == 0
+        contents: list[Content] = []
+
+        async def look() -> None:
+            contents.append(await catalog.content(view))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(look)
+        assert all(content is contents[0] is catalog.ready(view) for content in contents)
+        assert view.record.digest == source.listed["v1"]
+        assert source.asked["v1"] == source.asked[f"manifest {source.listed['v1']}"] == 1
+        await contents[0].tree.stored()
+        assert view.root is not None and view.root.is_directory
+        assert view.created is not None and view.created.year == 2024
+
+
+async def test_a_tag_that_moved_is_a_new_view_and_who_is_inside_the_old_one_stays_there(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource
+) -> None:
+    web = app(source, path=b"dist")
+    async with open_catalog(tmp_path, web) as catalog:
+        old = await catalog.view(web, "v1")
+        assert await names(await catalog.content(old)) == [b"first"]
+        put(source, "v1", b"second")
+        mock_clock.jump(59)
+        assert await catalog.view(web, "v1") is old
+        await wait_all_tasks_blocked()
+        assert source.asked["v1"] == 1
+        mock_clock.jump(1)
+        source.silent = Gate()
+        for _ in range(3):
+            assert await catalog.view(web, "v1") is old, "known: answered at once"
+        await source.silent.held.wait()
+        source.silent.open()
+        await wait_all_tasks_blocked()
+        assert source.asked["v1"] == 2
+        new = await catalog.view(web, "v1")
+        assert new.number != old.number
+        assert await names(await catalog.content(new)) == [b"second"]
+        assert await names(await catalog.content(old)) == [b"first"]
+        assert catalog.view_numbered(old.number) is old
+        # A tag that has not moved stays the view that it is.
+        mock_clock.jump(60)
+        await catalog.view(web, "v1")
+        await wait_all_tasks_blocked()
+        assert await catalog.view(web, "v1") is new
+        assert source.asked["v1"] == 3
+
+
+async def test_a_tag_that_vanished_is_gone_also_for_the_next_process_and_its_view_stays(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource
+) -> None:
+    web = app(source, path=b"dist")
+    async with open_catalog(tmp_path, web) as catalog:
+        view = await catalog.view(web, "v1")
+        await catalog.content(view)
+        digest = source.listed.pop("v1")
+        mock_clock.jump(60)
+        assert await catalog.view(web, "v1") is view
+        await wait_all_tasks_blocked()
+        with pytest.raises(NotFound):
+            await catalog.view(web, "v1")
+        assert await names(await catalog.content(view)) == [b"first"]
+    async with open_catalog(tmp_path, web) as catalog:
+        with pytest.raises(NotFound):
+            await catalog.view(web, "v1")
+        source.listed["v1"] = digest
+        again = await catalog.view(web, "v1")
+        assert again.number != view.number
+        assert await names(await catalog.content(again)) == [b"first"]
+
+
+@pytest.mark.parametrize("reason", ["away", "silent"])
+async def test_when_the_registry_went_away_what_was_known_stays_and_new_names_are_unreachable(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource, reason: str
+) -> None:
+    gate = Gate()
+
+    async def answer(ask: Callable[[], Awaitable[object]]) -> object:
+        """What comes of it, after ten seconds if need be: a value or an error."""
+        got: list[object] = []
+
+        async def run() -> None:
+            try:
+                got.append(await ask())
+            except FsmountError as error:
+                got.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await wait_all_tasks_blocked()
+            mock_clock.jump(10)
+        return got[0]
+
+    web, blog = app(source), app(source, "blog")
+    async with open_catalog(tmp_path, web, blog) as catalog:
+        await catalog.tags(web)
+        view = await catalog.view(web, "v1")
+        await names(await catalog.content(view))
+        mock_clock.jump(60)
+        if reason == "away":
+            source.away = GONE
+        else:
+            source.silent = gate
+        for _ in range(2):
+            assert await answer(lambda: catalog.tags(web)) == ["v1"]
+            assert await catalog.view(web, "v1") is view
+            await wait_all_tasks_blocked()
+        assert (source.asked["tags"], source.asked["v1"]) == (2, 2), "once a minute, also in vain"
+        assert await names(await catalog.content(view)) == [b"dist"]
+        for ask in (lambda: catalog.tags(blog), lambda: catalog.view(web, "v2")):
+            assert isinstance(await answer(ask), Unreachable)
+        # After the next minute the registry is asked again.
+        source.away = None
+        gate.open()
+        put(source, "v2", b"second")
+        mock_clock.jump(60)
+        await catalog.tags(web)
+        await wait_all_tasks_blocked()
+        assert await catalog.tags(web) == ["v1", "v2"]
+        assert (await catalog.view(web, "v2")).app is web
+
+
+@pytest.mark.parametrize("error", [GONE, AccessDenied("no"), NotFound("no such repository")])
+async def test_a_listing_of_which_nothing_is_known_tells_what_went_wrong_and_is_tried_again(
+    tmp_path: Path, source: FakeSource, error: FsmountError
+) -> None:
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        source.away = error
+        for _ in range(2):
+            assert catalog.look_after(web) is None
+            with pytest.raises(type(error)):
+                await catalog.tags(web)
+        source.away = None
+        assert await catalog.tags(web) == ["v1"]
+
+
+# -------------------- restarts
+
+
+async def test_views_and_numbers_are_the_same_after_a_restart_and_open_without_the_registry(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource
+) -> None:
+    web = app(source, path=b"dist")
+    async with open_catalog(tmp_path, web) as catalog:
+        await catalog.tags(web)
+        view = await catalog.view(web, "v1")
+        content = await catalog.content(view)
+        assert await names(content) == [b"first"]
+        layer = content.tree.layers[0].number
+    source.away = GONE
+    async with open_catalog(tmp_path, web) as catalog:
+        before = source.asked.total()
+        again = catalog.view_numbered(view.number)
+        assert again is not None and again.record == view.record
+        assert await catalog.view(web, "v1") is again
+        content = await catalog.content(again)
+        assert content.tree.layers[0].number == layer
+        assert await names(content) == [b"first"]
+        await wait_all_tasks_blocked()
+        assert source.asked.total() - before == 1, "whether the tag has moved meanwhile"
+    source.away = None
+    put(source, "v1", b"second")
+    async with open_catalog(tmp_path, web) as catalog:
+        assert (await catalog.view(web, "v1")).record == view.record
+        await wait_all_tasks_blocked()
+        assert (await catalog.view(web, "v1")).number != view.number
+
+
+async def test_a_view_that_another_process_has_bound_shows_what_that_says(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    other = put(source, None, b"other")
+    web = app(source, path=b"dist")
+    async with open_catalog(tmp_path, web) as catalog:
+        await catalog.tags(web)
+        view = await catalog.view(web, "v1")
+        with closing(Numbers(tmp_path / "state.sqlite")) as numbers:
+            numbers.bind_view(view.number, other)
+        assert await names(await catalog.content(view)) == [b"other"]
+        assert view.record.digest == other
+
+
+async def test_a_view_of_an_app_that_is_gone_or_comes_from_elsewhere_is_nothing(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        number = (await catalog.view(web, "v1")).number
+        assert catalog.view_numbered(number + 1) is None
+    elsewhere = FakeSource(name="registry.example/team/moved")
+    elsewhere.listed, elsewhere._documents = source.listed, source._documents
+    for apps in (
+        [],
+        [app(source, "other")],
+        [app(source, path=b"dist")],
+        [app(source, platform=Platform("linux", "arm64"))],
+        [app(elsewhere)],
+    ):
+        async with open_catalog(tmp_path, *apps) as catalog:
+            assert catalog.view_numbered(number) is None
+            if apps:
+                assert (await catalog.view(apps[0], "v1")).number != number
+    async with open_catalog(tmp_path, web) as catalog:
+        assert (await catalog.view(web, "v1")).number == number
+
+
+# -------------------- names
+
+
+async def test_a_digest_names_what_it_names_for_ever_with_a_tag_before_it_or_not(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource
+) -> None:
+    digest = source.listed["v1"]
+    web = app(source, path=b"dist")
+    async with open_catalog(tmp_path, web) as catalog:
+        for name in (str(digest), f"v1@{digest}", f"never-pushed@{digest}"):
+            view = await catalog.view(web, name)
+            put(source, "v1", b"second")
+            mock_clock.jump(1000)
+            assert await catalog.view(web, name) is view
+            assert await names(await catalog.content(view)) == [b"first"]
+        await wait_all_tasks_blocked()
+        assert source.asked[str(digest)] == 3
+        assert source.asked["v1"] == 0
+        with pytest.raises(NotFound):
+            await catalog.view(web, str(Digest.of(b"nothing")))
+
+
+NO_NAMES = [
+    "",
+    ".",
+    "..",
+    ".hidden",
+    "-x",
+    "a b",
+    "a/b",
+    "é",
+    "x" * 129,
+    "v1\n",
+    "a:b",
+    "v1@",
+    "@",
+    "v1@v2",
+    "sha256:",
+]
+NO_DIGESTS = ["sha256:" + "A" * 64, "v1@sha256:" + "a" * 63, "@sha256:" + "a" * 64, "a b@sha256:" + "a" * 64]
+
+
+@pytest.mark.parametrize("name", NO_NAMES + NO_DIGESTS)
+async def test_a_name_that_has_not_the_form_of_a_tag_does_not_exist_and_nobody_is_asked(
+    tmp_path: Path, source: FakeSource, name: str
+) -> None:
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        with pytest.raises(NotFound):
+            await catalog.view(web, name)
+    assert source.asked.total() == 0
+
+
+@pytest.mark.parametrize("question", ["tags", "view", "resolving", "manifest", "open"])
+async def test_a_registry_has_ten_seconds_to_answer_about_names(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource, question: str
+) -> None:
+    web = app(source)
+
+    async def ask(view: View | None) -> None:
+        with pytest.raises(DeadlineExpired, match="10 s"):
+            if question == "tags":
+                await catalog.tags(web)
+            elif question == "open":
+                await catalog.open(web, None)
+            elif view is not None:
+                await catalog.content(view)
+            else:
+                await catalog.view(web, "v1")
+
+    async with open_catalog(tmp_path, web) as catalog:
+        if question == "resolving":
+            await catalog.tags(web)
+        view = await catalog.view(web, "v1") if question in ("resolving", "manifest") else None
+        source.silent = Gate()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, view)
+            await source.silent.held.wait()
+            mock_clock.jump(9.9)
+            await wait_all_tasks_blocked()
+            assert nursery.child_tasks
+            mock_clock.jump(0.1)
+
+
+# -------------------- content
+
+
+async def test_of_an_index_each_app_shows_the_image_for_its_platform(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    images = {"linux/amd64": put(source, None, b"amd64"), "linux/arm64": put(source, None, b"arm64")}
+    index = source.put_index("v1", images)
+    async with open_catalog(tmp_path) as catalog:
+        for platform, digest in images.items():
+            web = app(source, path=b"dist", platform=Platform.parse(platform))
+            content = await catalog.open(web, "v1")
+            assert content.image.digest == content.tree.digest == digest
+            assert content.key[0] == index
+            assert await names(content) == [platform.removeprefix("linux/").encode()]
+        with pytest.raises(NotFound, match="s390x"):
+            await catalog.open(app(source, platform=Platform.parse("linux/s390x")), "v1")
+
+
+async def test_a_folder_that_the_image_has_not_is_not_found_and_neither_is_one_that_is_a_file(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    async with open_catalog(tmp_path) as catalog:
+        for path in (b"nothing", b"dist/first", b"dist/first/below"):
+            with pytest.raises(NotFound, match="no folder"):
+                await catalog.open(app(source, path=path), "v1")
+
+
+async def test_an_error_of_opening_is_not_remembered(tmp_path: Path, source: FakeSource) -> None:
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        await catalog.tags(web)
+        view = await catalog.view(web, "v1")
+        errors: list[FsmountError] = [GONE, AccessDenied("no")]
+        for error in errors:
+            source.away = error
+            with pytest.raises(type(error)):
+                await catalog.content(view)
+        source.away = None
+        assert await names(await catalog.content(view)) == [b"dist"]
+
+
+async def test_of_many_trees_the_least_recent_are_closed_and_open_again_when_asked(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsmount.catalog._OPEN_TREES", 2)
+    tags = ["v1", "v2", "v3", "v4"]
+    for tag in tags:
+        put(source, tag, tag.encode())
+    web = app(source, path=b"dist")
+
+    def open_files() -> int:
+        links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if entry.is_symlink()]
+        kinds = tuple(str(tmp_path / kind) for kind in ("trees", "layers"))
+        return sum(link.startswith(kinds) for link in links)
+
+    async with open_catalog(tmp_path, web) as catalog:
+        views = [await catalog.view(web, tag) for tag in tags]
+        for _ in range(2):
+            for view in views:
+                assert await names(await catalog.content(view)) == [view.record.name.encode()]
+                assert open_files() <= 4, "of each a tree and a layer"
+
+
+async def test_the_names_of_apps_make_the_folders_above_them(tmp_path: Path, source: FakeSource) -> None:
+    apps = [app(source, name) for name in ("web", "team/a", "team/b", "team/deep/c")]
+    async with open_catalog(tmp_path, *apps) as catalog:
+        assert catalog.folders == {"": {"web", "team"}, "team": {"a", "b", "deep"}, "team/deep": {"c"}}
+        assert list(catalog.apps.values()) == apps
