@@ -94,9 +94,11 @@ class LayerIndex:
     per file is kept in memory.
     """
 
-    def __init__(self, connection: sqlite3.Connection, *, complete: bool) -> None:
+    def __init__(self, connection: sqlite3.Connection, *, complete: bool, file: Path | None = None) -> None:
+        """file: where it lies, once it is complete."""
         self._connection = connection
         self.complete = complete
+        self.file = file
         self.chunks: list[Chunk] = []
         self._starts: list[int] = []
         self.facts: dict[str, object] = {}
@@ -114,7 +116,7 @@ class LayerIndex:
         """The finished index at path, or None. Raises: FsmountError (damaged)."""
         connection = database.open_finished(path, version=_VERSION)
         try:
-            return None if connection is None else cls(connection, complete=True)
+            return None if connection is None else cls(connection, complete=True, file=path)
         except sqlite3.DatabaseError as error:
             raise FsmountError(
                 f"{path} is damaged: {error}", remedy="Remove that file: it is made again from the source."
@@ -137,6 +139,15 @@ class LayerIndex:
         """How many members the layer has."""
         (count,) = self._connection.execute("SELECT count(*) FROM members").fetchone()
         return int(count)
+
+    def stands_alone(self) -> bool:
+        """Whether it removes nothing from the layers below, and has no hardlinks into them."""
+        query = (
+            "SELECT EXISTS (SELECT 1 FROM directories WHERE origin = ?) OR"
+            " EXISTS (SELECT 1 FROM names WHERE member IS NULL)"
+        )
+        (leans,) = self._connection.execute(query, (GHOST,)).fetchone()
+        return not (leans or self._removes)
 
     def chunk_at(self, offset: int) -> int:
         """The number of the chunk that holds the byte at offset of the inflated layer."""

@@ -135,39 +135,118 @@ def _node(row: Sequence[Any]) -> Node:
     return Node(name, layer, Member(number, _TYPES[kind], *rest))
 
 
-def write_tree(path: Path, overlay: Overlay) -> None:
-    """Merges a whole tree and writes it down, whole or not at all. For a worker thread. Raises: Invalid, NoSpace."""
+def write_tree(path: Path, indexes: Sequence[LayerIndex]) -> None:
+    """Merges complete layers, and writes the tree down, whole or not at all. For a worker thread.
+
+    Raises: Invalid, NoSpace.
+    """
     with disk_errors(path), whole_file(path) as partial:
         connection = database.create(partial, schema=_SCHEMA, version=_VERSION)
         try:
-            _write(connection, overlay)
+            _Writer(connection, indexes).write()
         finally:
             connection.close()
 
 
-def _write(connection: sqlite3.Connection, overlay: Overlay) -> None:
-    node, stack = overlay.root()
-    waiting: deque[tuple[int, int, Stack]] = deque([(1, directory_key(node), stack)])
-    nodes: list[tuple[object, ...]] = [_row(1, 0, node)]
-    directories: list[tuple[int, int, int, int]] = []
-    next_id = 2
-    while waiting:
-        own_id, key, stack = waiting.popleft()
-        first = next_id
-        for node, below in overlay.children(stack):
-            nodes.append(_row(next_id, key, node))
-            if node.is_directory:
-                waiting.append((next_id, directory_key(node), below))
-            next_id += 1
-        directories.append((key, own_id, first, next_id))
-        if len(nodes) >= _ROWS:
-            database.insert(connection, "nodes", nodes)
-            nodes.clear()
-    database.insert(connection, "nodes", nodes)
-    database.insert(connection, "directories", directories)
-    connection.execute("CREATE UNIQUE INDEX by_name ON nodes (parent, name)")
-    connection.execute("CREATE INDEX by_content ON nodes (layer, member)")
-    connection.execute("COMMIT")
+class _Whole(NamedTuple):
+    """A directory that one layer alone has, with all that is in it: its key, and where it is in that layer."""
+
+    key: int
+    own_id: int
+    layer: int
+    number: int
+
+
+class _Writer:
+    """Merges name by name where several layers meet, and copies whole what only one of them has: most of a tree."""
+
+    def __init__(self, connection: sqlite3.Connection, indexes: Sequence[LayerIndex]) -> None:
+        self._connection = connection
+        self._indexes = indexes
+        self._stands_alone = [index.stands_alone() for index in indexes]
+
+    def write(self) -> None:
+        whole = self._merge()
+        self._connection.execute("CREATE UNIQUE INDEX by_name ON nodes (parent, name)")
+        self._connection.execute("COMMIT")
+        for position, index in enumerate(self._indexes):
+            directories = [one for one in whole if one.layer == position]
+            if directories:
+                self._copy(index, directories)
+        self._connection.execute("CREATE INDEX by_content ON nodes (layer, member)")
+
+    def _merge(self) -> list[_Whole]:
+        """Writes what is decided name by name; returns what is left to be copied."""
+        overlay = Overlay(lambda position: self._indexes[position], len(self._indexes))
+        node, stack = overlay.root()
+        waiting: deque[tuple[int, int, Stack]] = deque([(1, directory_key(node), stack)])
+        nodes: list[tuple[object, ...]] = [_row(1, 0, node)]
+        directories: list[tuple[int, int, int, int]] = []
+        whole: list[_Whole] = []
+        next_id = 2
+        while waiting:
+            own_id, key, stack = waiting.popleft()
+            if len(stack) == 1 and self._stands_alone[stack[0][0]]:
+                whole.append(_Whole(key, own_id, *stack[0]))
+                continue
+            first = next_id
+            for node, below in overlay.children(stack):
+                nodes.append(_row(next_id, key, node))
+                if node.is_directory:
+                    waiting.append((next_id, directory_key(node), below))
+                next_id += 1
+            directories.append((key, own_id, first, next_id))
+            if len(nodes) >= _ROWS:
+                database.insert(self._connection, "nodes", nodes)
+                nodes.clear()
+        database.insert(self._connection, "nodes", nodes)
+        database.insert(self._connection, "directories", directories)
+        return whole
+
+    def _copy(self, index: LayerIndex, directories: list[_Whole]) -> None:
+        """Copies directories of one layer with all that is in them.
+
+        A layer numbers a directory before what is in it, and so do the rows that are made in that order.
+        """
+        assert index.file is not None
+        execute = self._connection.execute
+        layer = directories[0].layer
+        execute("ATTACH DATABASE ? AS layer", (database.uri(index.file),))
+        try:
+            execute("CREATE TEMP TABLE copied (number INTEGER PRIMARY KEY, node INTEGER)")
+            self._connection.executemany(
+                "INSERT INTO copied VALUES (?, ?)", [(one.number, one.own_id) for one in directories]
+            )
+            execute(
+                "WITH RECURSIVE below (number) AS (SELECT number FROM copied UNION ALL"
+                " SELECT n.member FROM below JOIN layer.names n ON n.parent = below.number"
+                " JOIN layer.directories d ON d.number = n.member)"
+                " INSERT OR IGNORE INTO copied SELECT number, NULL FROM below"
+            )
+            execute("BEGIN")
+            (last,) = execute("SELECT max(id) FROM nodes").fetchone()
+            execute(
+                "INSERT INTO nodes SELECT NULL, ? << 32 | n.parent, n.name, ?, m.number, m.type, m.mode, m.uid,"
+                " m.gid, m.size, m.mtime_ns, m.major, m.minor, m.nlink, m.link"
+                " FROM temp.copied c JOIN layer.names n ON n.parent = c.number"
+                " JOIN layer.members m ON m.number = n.member ORDER BY c.number, n.name",
+                (layer, layer),
+            )
+            execute(
+                "UPDATE temp.copied SET node = nodes.id FROM main.nodes WHERE nodes.id > ? AND nodes.type = ?"
+                " AND nodes.member = copied.number",
+                (last, int(EntryType.DIRECTORY)),
+            )
+            execute(
+                "INSERT INTO directories SELECT ? << 32 | c.number, c.node, ifnull(r.first, 0), ifnull(r.stop, 0)"
+                " FROM temp.copied c LEFT JOIN (SELECT parent, min(id) AS first, max(id) + 1 AS stop FROM nodes"
+                " WHERE id > ? GROUP BY parent) r ON r.parent = ? << 32 | c.number",
+                (layer, last, layer),
+            )
+            execute("COMMIT")
+            execute("DROP TABLE temp.copied")
+        finally:
+            execute("DETACH DATABASE layer")
 
 
 def _row(own_id: int, parent: int, node: Node) -> tuple[object, ...]:
@@ -261,7 +340,7 @@ class Tree:
         # Connections of its own: those of the layers belong to the event loop's thread.
         indexes = [layer.reopen_index() for layer in self.layers]
         try:
-            write_tree(self._path, Overlay(lambda position: indexes[position], len(indexes)))
+            write_tree(self._path, indexes)
         finally:
             for index in indexes:
                 index.close()

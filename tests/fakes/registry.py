@@ -3,13 +3,14 @@
 import base64
 import hashlib
 import json
+import math
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import h11
 import httpx
@@ -19,6 +20,9 @@ from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+#: What an upload's address carries, to be given back with the digest behind it.
+UPLOAD_QUERY = "_state=a%2Bb%2Fc%3D%3D&more=1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class Request:
     query: Mapping[str, list[str]]
     headers: Mapping[str, str]
     body: bytes = b""
+    #: The query byte for byte.
+    raw_query: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,13 @@ class Reply:
     cut_after: int | None = None
     stall_after: int | None = None
     length: int | None = -1
+    #: The size of the pieces, and how long each is waited for.
+    piece: int = 1000
+    pause_seconds: float = 0.0
+    #: How long the answer itself is waited for.
+    delay_seconds: float = 0.0
+    #: Behind the body come spaces without end.
+    endless: bool = False
 
     def with_headers(self, **headers: str) -> "Reply":
         return replace(self, headers={**self.headers, **{k.replace("_", "-"): v for k, v in headers.items()}})
@@ -66,6 +79,21 @@ def stall(after: int) -> Step:
     return lambda reply: replace(reply, stall_after=after)
 
 
+def drip(seconds: float) -> Step:
+    """A byte comes every so many seconds."""
+    return lambda reply: replace(reply, piece=1, pause_seconds=seconds)
+
+
+def endless(reply: Reply) -> Reply:
+    """The body begins as it should, and has no end and no announced length."""
+    return replace(reply, endless=True, length=None)
+
+
+def silent(reply: Reply) -> Reply:
+    """No answer comes at all."""
+    return replace(reply, delay_seconds=math.inf)
+
+
 def unchanged(reply: Reply) -> Reply:
     """A step that only waits for its turn to pass."""
     return reply
@@ -83,6 +111,12 @@ class FakeRegistry:
     #: Everything but the token server asks for this: a value of WWW-Authenticate, and who may pass.
     challenge: str | None = None
     admit: Callable[[str | None], bool] = lambda authorization: authorization is not None
+    #: Whether it knows the API of referrers, whether that filters by type, and how many a page has.
+    keeps_referrers: bool = False
+    filters_referrers: bool = True
+    referrers_page: int = 1000
+    #: What stands before the path of an upload; a location may be relative or not, and is opaque.
+    uploads: str = ""
     _script: list[tuple[str, re.Pattern[str], Step]] = field(default_factory=list)
 
     def then(self, method: str, path: str, *steps: Step) -> None:
@@ -136,6 +170,8 @@ class FakeRegistry:
             return error(401, "UNAUTHORIZED").with_headers(WWW_Authenticate=self.challenge)
         if request.path == "/v2/":
             return Reply()
+        if reply := self._push(request) or self._referrers(request):
+            return reply
         match = re.fullmatch(r"/v2/(.+)/(manifests|blobs|tags)/([^/]+)", request.path)
         if match is None:
             return Reply(404, {"Content-Type": "text/plain"}, b"404 page not found\n")
@@ -143,6 +179,57 @@ class FakeRegistry:
         if kind == "tags":
             return Reply(body=json.dumps({"name": match[1], "tags": list(self.tags)}).encode())
         return self._manifest(name) if kind == "manifests" else self._blob(name, request)
+
+    def _push(self, request: Request) -> Reply | None:
+        """What is answered to POST and PUT."""
+        if request.method == "POST" and re.fullmatch("/v2/(.+)/blobs/uploads/", request.path):
+            return Reply(
+                202, {"Location": f"{self.uploads}{request.path}{len(self.requests)}?{UPLOAD_QUERY}"}
+            )
+        if request.method != "PUT":
+            return None
+        digest = f"sha256:{hashlib.sha256(request.body).hexdigest()}"
+        if re.fullmatch("/v2/(.+)/blobs/uploads/([0-9]+)", request.path):
+            if request.query != parse_qs(f"{UPLOAD_QUERY}&digest={digest}"):
+                return error(400, "BLOB_UPLOAD_INVALID")
+            self.put_blob(request.body)
+            return Reply(201)
+        match = re.fullmatch("/v2/(.+)/manifests/([^/]+)", request.path)
+        if match is None:
+            return None
+        if ":" in match[2] and match[2] != digest:
+            return error(400, "DIGEST_INVALID")
+        content = json.loads(request.body)
+        named = [content["config"], *content["layers"]] if "config" in content else []
+        if any(one["digest"] not in self.blobs for one in named):
+            return error(400, "MANIFEST_BLOB_UNKNOWN")
+        tag = None if ":" in match[2] else match[2]
+        self.put_manifest(tag, request.body, request.headers["content-type"])
+        subject = content.get("subject")
+        told = self.keeps_referrers and subject
+        return Reply(201, {"OCI-Subject": subject["digest"]} if told else {})
+
+    def _referrers(self, request: Request) -> Reply | None:
+        match = re.fullmatch("/v2/(.+)/referrers/([^/]+)", request.path)
+        if match is None or not self.keeps_referrers:
+            return None
+        found: list[dict[str, object]] = []
+        for digest, (media_type, data) in self.manifests.items():
+            content = json.loads(data)
+            if content.get("subject", {}).get("digest") == match[2]:
+                entry = {"mediaType": media_type, "digest": digest, "size": len(data)}
+                found.append(entry | {"artifactType": content["artifactType"]})
+        wanted = request.query.get("artifactType")
+        headers = {"Content-Type": OCI_INDEX}
+        if wanted and self.filters_referrers:
+            found = [entry for entry in found if entry["artifactType"] in wanted]
+            headers["OCI-Filters-Applied"] = "artifactType"
+        start = int(request.query.get("from", ["0"])[0])
+        if len(found) > (stop := start + self.referrers_page):
+            kept = f"artifactType={quote(wanted[0], safe='')}&" if wanted else ""
+            headers["Link"] = f'<{request.path}?{kept}from={stop}>; rel="next"'
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found[start:stop]}
+        return Reply(200, headers, json.dumps(index).encode())
 
     def _manifest(self, name: str) -> Reply:
         digest = self.tags.get(name, name)
@@ -221,8 +308,11 @@ class Network:
                 query=parse_qs(request.url.query.decode()),
                 headers=dict(request.headers),
                 body=request.content,
+                raw_query=request.url.query.decode(),
             )
         )
+        if reply.delay_seconds:
+            await trio.sleep(reply.delay_seconds)
         headers = [*reply.headers.items(), *_length_header(reply)]
         self.open_bodies += 1
         empty = request.method == "HEAD"
@@ -240,7 +330,7 @@ class _Stream(httpx.AsyncByteStream):
         if self._empty:
             return
         for piece in _pieces(self._reply):
-            await trio.lowlevel.checkpoint()
+            await trio.sleep(self._reply.pause_seconds)
             if self._closed:
                 raise httpx.ReadError("closed")
             yield piece
@@ -255,13 +345,16 @@ class _Stream(httpx.AsyncByteStream):
         self._closed = True
 
 
-_PIECE = 1000
+_SPACES = b" " * 65536
 
 
-def _pieces(reply: Reply) -> list[bytes]:
+def _pieces(reply: Reply) -> Iterator[bytes]:
     ends = [end for end in (reply.cut_after, reply.stall_after, len(reply.body)) if end is not None]
     body = reply.body[: min(ends)]
-    return [body[at : at + _PIECE] for at in range(0, len(body), _PIECE)]
+    for at in range(0, len(body), reply.piece):
+        yield body[at : at + reply.piece]
+    while reply.endless:
+        yield _SPACES
 
 
 def _stalls(reply: Reply) -> bool:
@@ -301,10 +394,12 @@ async def _serve_connection(handler: Handler, stream: trio.abc.Stream) -> None:
     try:
         while request := await _receive(connection, stream):
             reply = handler(request)
+            await trio.sleep(reply.delay_seconds)
             headers = [*reply.headers.items(), *_length_header(reply)]
             await stream.send_all(connection.send(h11.Response(status_code=reply.status, headers=headers)))
             if request.method != "HEAD":
                 for piece in _pieces(reply):
+                    await trio.sleep(reply.pause_seconds)
                     await stream.send_all(connection.send(h11.Data(data=piece)))
                 if _stalls(reply):
                     await trio.sleep_forever()
@@ -337,6 +432,6 @@ async def _receive(connection: h11.Connection, stream: trio.abc.Stream) -> Reque
             path, _, query = head.target.decode().partition("?")
             headers = {name.decode(): value.decode() for name, value in head.headers}
             host = headers.get("host", "")
-            return Request(head.method.decode(), host, path, parse_qs(query), headers, bytes(body))
+            return Request(head.method.decode(), host, path, parse_qs(query), headers, bytes(body), query)
         else:
             return None
