@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 #: What precedes a batch: its length in bytes.
@@ -104,17 +105,23 @@ def set_attributes(descriptor: int, file: File) -> int:
     owned = os.geteuid() == 0 and (file.uid or file.gid != os.getegid())
     if owned:
         os.fchown(descriptor, file.uid, file.gid)
+    lost = set_xattrs(descriptor, file.xattrs)
+    if owned or file.mode & 0o7000 or file.xattrs:
+        os.fchmod(descriptor, file.mode)
+    os.utime(descriptor, ns=(file.mtime_ns, file.mtime_ns))
+    return lost
+
+
+def set_xattrs(descriptor: int, xattrs: Iterable[tuple[bytes, bytes]]) -> int:
+    """Returns how many the file system does not take."""
     lost = 0
-    for name, value in file.xattrs:
+    for name, value in xattrs:
         try:
             os.setxattr(descriptor, name, value)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG, errno.ERANGE):
                 raise
             lost += 1
-    if owned or file.mode & 0o7000 or file.xattrs:
-        os.fchmod(descriptor, file.mode)
-    os.utime(descriptor, ns=(file.mtime_ns, file.mtime_ns))
     return lost
 
 

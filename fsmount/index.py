@@ -160,6 +160,12 @@ class LayerIndex:
         ).fetchone()
         return Name(self.member(ROOT), None, origin, bool(opaque))
 
+    def origin(self, directory: int) -> int:
+        """Where one of the layer's directories comes from."""
+        query = "SELECT origin FROM directories WHERE number = ?"
+        (origin,) = self._connection.execute(query, (directory,)).fetchone()
+        return int(origin)
+
     def name(self, parent: int, name: bytes) -> Name | None:
         """What the layer itself has under that name, whiteouts aside."""
         row = self._connection.execute(f"{_NAMES} AND n.name = ?", (parent, name)).fetchone()
@@ -211,9 +217,10 @@ class LayerIndex:
             return None
         return row[0], unpack_content(*row)
 
-    def xattrs(self, number: int) -> dict[bytes, bytes]:
+    def packed_xattrs(self, number: int) -> str | None:
+        """A member's extended attributes, for `unpack_xattrs`."""
         row = self._connection.execute("SELECT xattrs FROM members WHERE number = ?", (number,)).fetchone()
-        return unpack_xattrs(row[0]) if row is not None else {}
+        return None if row is None else row[0]
 
 
 def unpack_content(size: int, offset: int | None, packed: bytes | None) -> Content:

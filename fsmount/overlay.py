@@ -85,6 +85,14 @@ class Overlay:
         """A name in a merged directory; None if the tree does not have it. Raises: Undecided, Invalid."""
         return self._combine(name, self._candidates(stack, name), _LINK_DEPTH)
 
+    def xattrs(self, stack: Stack) -> str | None:
+        """Those of a merged directory, as an index keeps them: of the topmost layer that describes it."""
+        for position, number in stack:
+            index = self._known(position, number)
+            if index.origin(number) == EXPLICIT:
+                return index.packed_xattrs(number)
+        return None
+
     def walk(self, path: Sequence[bytes]) -> tuple[Node, Stack] | None:
         """The node at a path of names. Raises: Undecided, Invalid."""
         node, stack = self._root(self._top)

@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Progress:
 
     files: int = 0
     bytes: int = 0
-    total_files: int = 0
+    #: 0 while it is not known, or never for a part of an image.
     total_bytes: int = 0
     #: Extended attributes that the destination's file system does not take.
     lost_xattrs: int = 0
@@ -50,11 +50,11 @@ class _Source:
 
 @dataclass(slots=True)
 class _Plan:
-    """What to make: folders, parents first; files of each layer by place in it; others; links to what is made."""
+    """What to make besides files: folders, parents first, by number too; others; links to what is made."""
 
-    root: Node
-    folders: list[tuple[bytes, Node]] = field(default_factory=list)
-    files: dict[int, list[_Source]] = field(default_factory=dict)
+    paths: dict[int, bytes]
+    #: The root among them; with extended attributes as an index keeps them.
+    folders: list[tuple[bytes, Node, str | None]] = field(default_factory=list)
     others: list[tuple[bytes, Node]] = field(default_factory=list)
     links: list[tuple[bytes, bytes]] = field(default_factory=list)
 
@@ -115,66 +115,70 @@ class _Writer:
 
     async def write(self) -> None:
         umask = os.umask(0)
+        stored = self._content.tree.reopen()  # for threads, one at a time
         try:
-            plan = await trio.to_thread.run_sync(self._make_plan)
+            plan = await trio.to_thread.run_sync(self._plan_folders, stored)
             await trio.to_thread.run_sync(self._make_folders, plan)
             crossing: list[File] = []
             async with start_workers(self._root) as workers:
-                for position, sources in sorted(plan.files.items()):
-                    await self._write_layer(self._layers[position], sources, workers, crossing)
+                for position, layer in enumerate(self._layers):
+                    files = self._plan_files(plan, stored, position, layer)
+                    await self._write_layer(layer, files, workers, crossing)
             self._progress.lost_xattrs += workers.lost_xattrs
             await trio.to_thread.run_sync(self._finish, plan, crossing)
         finally:
             os.umask(umask)
+            stored.close()
             self._folders.close()
             os.close(self._root)
 
-    def _make_plan(self) -> _Plan:
-        """Reads the tree once. For a worker thread, with a database connection of its own."""
-        stored = self._content.tree.reopen()
-        try:
-            root = stored.node(self._content.root)
-            assert root is not None
-            plan = _Plan(root)
-            paths = {self._content.root: b""}
-            for parent, node in stored.folders():
-                if parent in paths:
-                    path = paths[directory_key(node)] = _join(paths[parent], node.name)
-                    plan.folders.append((path, node))
-            for position, layer in enumerate(self._layers):
-                self._plan_layer(plan, stored, position, layer, paths)
-        finally:
-            stored.close()
+    def _plan_folders(self, stored: StoredTree) -> _Plan:
+        plan = _Plan({})
+        for parent, node, xattrs in stored.folders():
+            key = directory_key(node)
+            if key == self._content.root:
+                path = b""
+                if not node.name:
+                    _, self._progress.total_bytes = stored.counts()
+            elif parent in plan.paths:
+                path = _join(plan.paths[parent], node.name)
+            else:  # outside the folder that is shown
+                continue
+            plan.paths[key] = path
+            plan.folders.append((path, node, xattrs))
         return plan
 
-    def _plan_layer(
-        self, plan: _Plan, stored: StoredTree, position: int, layer: Layer, paths: dict[int, bytes]
-    ) -> None:
+    def _plan_files(
+        self, plan: _Plan, stored: StoredTree, position: int, layer: Layer
+    ) -> Iterator[list[_Source]]:
+        """The files of a layer, some at a time, in the order of their bytes in it; the rest goes into the plan."""
         made: tuple[int, bytes] | None = None  # the last member, and its first name; others follow at once
-        sources = plan.files.setdefault(position, [])
+        sources: list[_Source] = []
         for parent, node, content, xattrs in stored.members(position, layer.index_path):
-            folder = paths.get(parent)
+            folder = plan.paths.get(parent)
             if folder is None:  # outside the folder that is shown
                 continue
             member = node.member
-            if made is not None and made[0] == member.number:
-                plan.links.append((_join(folder, node.name), made[1]))
-                continue
             path = _join(folder, node.name)
+            if made is not None and made[0] == member.number:
+                plan.links.append((path, made[1]))
+                continue
             made = member.number, path
             if member.type is not EntryType.FILE:
                 plan.others.append((path, node))
                 continue
-            kept = tuple(self._kept_xattrs(xattrs)) if xattrs else ()
+            kept = tuple(self._kept_xattrs(xattrs))
             mode = self._mode(node)
             file = File(
                 folder, node.name, mode, member.uid, member.gid, member.size, member.mtime_ns, (), kept
             )
             sources.append(_Source(file, tuple(layer.pieces(content))))
-            self._progress.total_files += 1
-            self._progress.total_bytes += member.size
+            if len(sources) == _BATCH:
+                yield sources
+                sources = []
+        yield sources
 
-    def _kept_xattrs(self, text: str) -> Iterator[tuple[bytes, bytes]]:
+    def _kept_xattrs(self, text: str | None) -> Iterator[tuple[bytes, bytes]]:
         for name, value in unpack_xattrs(text).items():
             privilege = name == b"security.capability" and self._keep_privileges
             if privilege or (name.startswith(b"user.") and not name.startswith(b"user.overlay.")):
@@ -184,12 +188,12 @@ class _Writer:
         return node.member.mode & (0o7777 if self._keep_privileges else 0o1777)
 
     def _make_folders(self, plan: _Plan) -> None:
-        for path, _ in plan.folders:
+        for path, _, _ in plan.folders[1:]:
             folder, _, name = path.rpartition(b"/")
             os.mkdir(name, 0o700, dir_fd=self._folders.descriptor(folder))
 
     async def _write_layer(
-        self, layer: Layer, sources: list[_Source], workers: Workers, crossing: list[File]
+        self, layer: Layer, files: Iterator[list[_Source]], workers: Workers, crossing: list[File]
     ) -> None:
         """Sends a layer's files to the workers in the layer's order, so that each chunk is opened once.
 
@@ -198,12 +202,13 @@ class _Writer:
         """
         batch: Batch | None = None
         current = -1
-        for source in sources:
+        async for source in _from_thread(files):
             file, pieces = source.file, source.pieces
             whole = len({piece.chunk for piece in pieces}) <= 1
             if not whole:
                 self._create_file(file)
                 crossing.append(file)
+                self._progress.bytes += file.size - sum(piece.size for piece in pieces)
             for piece in pieces or (None,):
                 chunk = piece.chunk if piece else current
                 if batch is None or chunk != current or len(batch.files) >= _BATCH:
@@ -247,8 +252,8 @@ class _Writer:
         for path, target in plan.links:
             self._link(path, target)
         # Innermost first: making something in a folder changes its time.
-        for path, node in [*reversed(plan.folders), (b"", plan.root)]:
-            self._finish_folder(path, node)
+        for path, node, xattrs in reversed(plan.folders):
+            self._finish_folder(path, node, xattrs)
         ctypes.CDLL(None).syncfs(self._root)
 
     def _make_other(self, path: bytes, node: Node) -> None:
@@ -281,13 +286,21 @@ class _Writer:
         finally:
             os.close(source)
 
-    def _finish_folder(self, path: bytes, node: Node) -> None:
+    def _finish_folder(self, path: bytes, node: Node, xattrs: str | None) -> None:
         member = node.member
         descriptor = self._folders.descriptor(path)
         if os.geteuid() == 0:
             os.fchown(descriptor, member.uid, member.gid)
+        self._progress.lost_xattrs += extract.set_xattrs(descriptor, self._kept_xattrs(xattrs))
         os.fchmod(descriptor, self._mode(node))
         os.utime(descriptor, ns=(member.mtime_ns, member.mtime_ns))
+
+
+async def _from_thread(blocks: Iterator[list[_Source]]) -> AsyncIterator[_Source]:
+    """Makes each block in a thread, while the workers do what came of those before."""
+    while (block := await trio.to_thread.run_sync(next, blocks, None)) is not None:
+        for source in block:
+            yield source
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

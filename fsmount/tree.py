@@ -21,11 +21,11 @@ from fsmount.singleflight import single_error
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = """
 CREATE TABLE nodes (id INTEGER PRIMARY KEY, parent INTEGER, name BLOB, layer INTEGER, member INTEGER, type INTEGER,
     mode INTEGER, uid INTEGER, gid INTEGER, size INTEGER, mtime_ns INTEGER, major INTEGER, minor INTEGER,
-    nlink INTEGER, link BLOB);
+    nlink INTEGER, link BLOB, xattrs TEXT);
 CREATE TABLE directories (key INTEGER PRIMARY KEY, node INTEGER, first INTEGER, stop INTEGER);
 """
 _COLUMNS = "name, layer, member, type, mode, uid, gid, size, mtime_ns, major, minor, nlink, link"
@@ -88,13 +88,13 @@ class StoredTree:
         )
         return (Child(_node(row), number) for number, *row in rows)
 
-    def folders(self) -> Iterator[tuple[int, Node]]:
-        """Every directory but the root, with its parent's number; parents come first."""
+    def folders(self) -> Iterator[tuple[int, Node, str | None]]:
+        """Every directory, with its parent's number, and its attributes as an index keeps them; parents come first."""
         rows = self._connection.execute(
-            f"SELECT parent, {_COLUMNS} FROM nodes WHERE type = ? AND id > 1 ORDER BY id",
+            f"SELECT parent, xattrs, {_COLUMNS} FROM nodes WHERE type = ? ORDER BY id",
             (int(EntryType.DIRECTORY),),
         )
-        return ((row[0], _node(row[1:])) for row in rows)
+        return ((parent, _node(row), xattrs) for parent, xattrs, *row in rows)
 
     def members(self, layer: int, index: Path) -> Iterator[tuple[int, Node, Content, str | None]]:
         """Everything but directories that comes from one layer, in the order of its bytes in that layer.
@@ -180,7 +180,7 @@ class _Writer:
         overlay = Overlay(lambda position: self._indexes[position], len(self._indexes))
         node, stack = overlay.root()
         waiting: deque[tuple[int, int, Stack]] = deque([(1, directory_key(node), stack)])
-        nodes: list[tuple[object, ...]] = [_row(1, 0, node)]
+        nodes = [_row(1, 0, node, overlay.xattrs(stack))]
         directories: list[tuple[int, int, int, int]] = []
         whole: list[_Whole] = []
         next_id = 2
@@ -191,9 +191,11 @@ class _Writer:
                 continue
             first = next_id
             for node, below in overlay.children(stack):
-                nodes.append(_row(next_id, key, node))
+                xattrs = None
                 if node.is_directory:
                     waiting.append((next_id, directory_key(node), below))
+                    xattrs = overlay.xattrs(below)
+                nodes.append(_row(next_id, key, node, xattrs))
                 next_id += 1
             directories.append((key, own_id, first, next_id))
             if len(nodes) >= _ROWS:
@@ -227,10 +229,11 @@ class _Writer:
             (last,) = execute("SELECT max(id) FROM nodes").fetchone()
             execute(
                 "INSERT INTO nodes SELECT NULL, ? << 32 | n.parent, n.name, ?, m.number, m.type, m.mode, m.uid,"
-                " m.gid, m.size, m.mtime_ns, m.major, m.minor, m.nlink, m.link"
+                " m.gid, m.size, m.mtime_ns, m.major, m.minor, m.nlink, m.link,"
+                " CASE WHEN m.type = ? THEN m.xattrs END"
                 " FROM temp.copied c JOIN layer.names n ON n.parent = c.number"
                 " JOIN layer.members m ON m.number = n.member ORDER BY c.number, n.name",
-                (layer, layer),
+                (layer, layer, int(EntryType.DIRECTORY)),
             )
             execute(
                 "UPDATE temp.copied SET node = nodes.id FROM main.nodes WHERE nodes.id > ? AND nodes.type = ?"
@@ -249,9 +252,9 @@ class _Writer:
             execute("DETACH DATABASE layer")
 
 
-def _row(own_id: int, parent: int, node: Node) -> tuple[object, ...]:
+def _row(own_id: int, parent: int, node: Node, xattrs: str | None) -> tuple[object, ...]:
     number, kind, *rest = node.member
-    return (own_id, parent, node.name, node.layer, number, int(kind), *rest)
+    return (own_id, parent, node.name, node.layer, number, int(kind), *rest, xattrs)
 
 
 class Tree:

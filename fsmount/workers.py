@@ -67,7 +67,8 @@ async def _serve(batches: trio.MemoryReceiveChannel[Batch], root: int, workers: 
                         await _send(connection, extract.encode(batch.files, batch.parts), batch.descriptor)
                     finally:
                         os.close(batch.descriptor)
-                    workers.lost_xattrs += await _reply(connection)
+                    lost = await _reply(connection)  # not within the sum, which others change meanwhile
+                    workers.lost_xattrs += lost
     finally:
         # Its connection has ended, or it is no longer wanted: it has nothing to lose.
         process.kill()

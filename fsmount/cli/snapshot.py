@@ -71,7 +71,7 @@ def snapshot(
     if not done:
         raise click.exceptions.Exit(128 + signal.SIGTERM)
     seconds = time.monotonic() - started
-    made = f"{progress.total_files} files, {progress.total_bytes} bytes from {source} in {seconds:.1f} s"
+    made = f"{progress.files} files, {progress.bytes} bytes from {source} in {seconds:.1f} s"
     click.echo(f"{escape(os.fsencode(destination))}: {printable(made)}")
     if progress.lost_xattrs:
         click.echo(

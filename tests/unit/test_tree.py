@@ -451,8 +451,8 @@ async def test_the_stored_tree_lists_folders_parents_first_and_members_in_the_or
         tree = tree_of(layers, source, [source.put_layer(tar)])
         stored = await tree.stored()
         folders = list(stored.folders())
-        assert [node.name for _, node in folders] == [b"z", b"y"]
-        assert [parent for parent, _ in folders] == [0, directory_key(folders[0][1])]
+        assert [node.name for _, node, _ in folders] == [b"", b"z", b"y"]
+        assert [parent for parent, _, _ in folders[1:]] == [directory_key(node) for _, node, _ in folders[:2]]
         for _ in range(2):
             found = list(stored.members(0, tree.layers[0].index_path))
             names = [(node.name, node.member.type) for _, node, _, _ in found]
