@@ -274,19 +274,20 @@ class Catalog:
 
     async def _refresh(self, app: App, name: str) -> None:
         try:
-            digest = await self._resolve(app, name, name)
-        except NotFound:
-            log.info("the tag %s of %s is gone", name, app.name)
-            self._latest.pop((app.name, name), None)
-            # An unbound view as the latest of its name: the next process does not believe in the old one.
-            self._layers.numbers.new_view(app.name, name, app.origin, None)
-        except FsmountError as error:
-            log.warning("whether %s of %s has moved is unknown: %s", name, app.name, error.message)
-        else:
+            try:
+                digest = await self._resolve(app, name, name)
+            except NotFound:
+                log.info("the tag %s of %s is gone", name, app.name)
+                self._latest.pop((app.name, name), None)
+                # An unbound view as the latest of its name: the next process does not believe in the old one.
+                self._layers.numbers.new_view(app.name, name, app.origin, None)
+                return
             view = self._latest.get((app.name, name))
             if view is not None and view.record.digest not in (None, digest):
                 log.info("the tag %s of %s has moved to %s", name, app.name, digest)
                 self._new_view(app, name, digest)
+        except FsmountError as error:
+            log.warning("%s of %s stays what it was: %s", name, app.name, error.message)
 
     async def _bind(self, view: View) -> Content:
         app, record = view.app, view.record

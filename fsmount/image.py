@@ -1,13 +1,15 @@
 """Image: from a resolved descriptor to the layers of the one manifest that suits a platform."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
 import trio
 
 from fsmount.cache.folder import CacheFolder
-from fsmount.errors import Invalid, Unsupported
+from fsmount.errors import Invalid, NotFound, Unsupported
 from fsmount.layer import LayerSpec
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import (
@@ -55,12 +57,26 @@ async def open_image(source: Source, digest: Digest, platform: Platform, folder:
     """
     for _ in range(_DEPTH):
         data, media_type = await _document(source, digest, folder)
-        parsed = parse_manifest(data, media_type)
-        if isinstance(parsed, Manifest):
-            config = await _config(source, parsed, folder)
-            return Image(digest, parsed, config, _layers(parsed, config))
-        digest = select(parsed, platform).digest
-    raise Invalid(f"index {digest} of {source.name} is more than {_DEPTH} indexes deep")
+        with _named(f"{source.name}@{digest}"):
+            parsed = parse_manifest(data, media_type)
+            if isinstance(parsed, Manifest):
+                break
+            digest = select(parsed, platform).digest
+    else:
+        raise Invalid(f"index {digest} of {source.name} is more than {_DEPTH} indexes deep")
+    document = await _config_document(source, parsed, folder)
+    with _named(f"{source.name}@{digest}"):
+        config = None if document is None else parse_config(document)
+        return Image(digest, parsed, config, _layers(parsed, config))
+
+
+@contextmanager
+def _named(image: str) -> Iterator[None]:
+    """Says of which image something is wrong."""
+    try:
+        yield
+    except (NotFound, Invalid, Unsupported) as error:
+        raise type(error)(f"{image}: {error.message}", remedy=error.remedy) from error
 
 
 async def _document(source: Source, digest: Digest, folder: CacheFolder) -> tuple[bytes, str | None]:
@@ -72,7 +88,7 @@ async def _document(source: Source, digest: Digest, folder: CacheFolder) -> tupl
     return data, media_type
 
 
-async def _config(source: Source, manifest: Manifest, folder: CacheFolder) -> ImageConfig | None:
+async def _config_document(source: Source, manifest: Manifest, folder: CacheFolder) -> bytes | None:
     if not manifest.is_image:
         return None
     digest = manifest.config.digest
@@ -80,7 +96,7 @@ async def _config(source: Source, manifest: Manifest, folder: CacheFolder) -> Im
     if data is None:
         data = await source.small_blob(manifest.config)
         await trio.to_thread.run_sync(folder.save_manifest, digest, data)
-    return parse_config(data)
+    return data
 
 
 def _layers(manifest: Manifest, config: ImageConfig | None) -> tuple[LayerSpec, ...]:

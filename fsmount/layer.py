@@ -15,7 +15,7 @@ from fsmount.archive.scan import TarScanner
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder, disk_errors, publish
 from fsmount.cache.numbers import Numbers
-from fsmount.errors import Corrupt, FsmountError, NoSpace, NotFound
+from fsmount.errors import Corrupt, FsmountError, Invalid, NoSpace, NotFound
 from fsmount.index import IndexBuilder, LayerIndex
 from fsmount.ingest import CHUNK_SIZE, Inflate, Keep, OneFile, Portion
 from fsmount.oci.digest import Digest
@@ -311,13 +311,18 @@ class Layer:
         with disk_errors(self._layers.folder.layers):
             handle, name = tempfile.mkstemp(prefix=".partial-", dir=self._layers.folder.layers)
             os.close(handle)
-        builder = IndexBuilder(Path(name))
+        with disk_errors(self._layers.folder.layers):
+            builder = IndexBuilder(Path(name))
         self._index = builder.index
         running.keep = Keep(None, builder)
         finished = None
         try:
             inflate = await self._stream(running)
-            diff_id = running.keep.finish()
+            try:
+                diff_id = running.keep.finish()
+            except Invalid as error:
+                digest = self.spec.descriptor.digest
+                raise Invalid(f"layer {digest}: {error.message}", remedy=error.remedy) from error
             if self._expected and str(diff_id) not in self._expected:
                 self._compare(str(diff_id), min(self._expected))
             facts: dict[str, object] = {
@@ -349,7 +354,7 @@ class Layer:
         return index
 
     def _condemn(self, error: Corrupt) -> None:
-        log.error("%s; it came from %s, and nothing of it is kept", error.message, self.source.name)
+        log.info("%s; it came from %s, and nothing of it is kept", error.message, self.source.name)
         # If a mirror sent it, the next reader finds out what the others have.
         others = self.source.distrust(self.spec.descriptor)
         self._condemned = None if others else (trio.current_time() + _CONDEMNED_SECONDS, error)

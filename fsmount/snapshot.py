@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,8 +122,8 @@ class _Writer:
             crossing: list[File] = []
             async with start_workers(self._root) as workers:
                 for position, layer in enumerate(self._layers):
-                    files = self._plan_files(plan, stored, position, layer)
-                    await self._write_layer(layer, files, workers, crossing)
+                    with contextlib.closing(self._plan_files(plan, stored, position, layer)) as files:
+                        await self._write_layer(layer, files, workers, crossing)
             self._progress.lost_xattrs += workers.lost_xattrs
             await trio.to_thread.run_sync(self._finish, plan, crossing)
         finally:
@@ -150,7 +150,7 @@ class _Writer:
 
     def _plan_files(
         self, plan: _Plan, stored: StoredTree, position: int, layer: Layer
-    ) -> Iterator[list[_Source]]:
+    ) -> Generator[list[_Source], None, None]:
         """The files of a layer, some at a time, in the order of their bytes in it; the rest goes into the plan."""
         made: tuple[int, bytes] | None = None  # the last member, and its first name; others follow at once
         sources: list[_Source] = []

@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import trio
 from fsmount.archive.entry import EntryType
 from fsmount.cache import database
 from fsmount.cache.folder import CacheFolder, disk_errors, whole_file
-from fsmount.errors import FsmountError, NotFound
+from fsmount.errors import FsmountError, Invalid, NotFound
 from fsmount.index import Content, LayerIndex, Member, unpack_content
 from fsmount.layer import Layer
 from fsmount.oci.digest import Digest
@@ -96,14 +96,17 @@ class StoredTree:
         )
         return ((parent, _node(row), xattrs) for parent, xattrs, *row in rows)
 
-    def members(self, layer: int, index: Path) -> Iterator[tuple[int, Node, Content, str | None]]:
+    def members(
+        self, layer: int, index: Path
+    ) -> Generator[tuple[int, Node, Content, str | None], None, None]:
         """Everything but directories that comes from one layer, in the order of its bytes in that layer.
 
         With its parent's number, its content, and its attributes as the index keeps them; index is the layer's.
         """
         self._connection.execute("ATTACH DATABASE ? AS layer", (database.uri(index),))
+        rows = self._connection.cursor()
         try:
-            rows = self._connection.execute(
+            rows.execute(
                 f"SELECT parent, {', '.join('n.' + name for name in _COLUMNS.split(', '))}, m.offset, m.extents,"
                 " m.xattrs FROM main.nodes n JOIN layer.members m ON m.number = n.member"
                 " WHERE n.layer = ? AND n.type != ? ORDER BY m.offset, n.member, n.id",
@@ -113,6 +116,7 @@ class StoredTree:
                 node = _node(row[1:14])
                 yield row[0], node, unpack_content(node.member.size, row[14], row[15]), row[16]
         finally:
+            rows.close()  # or the index would be in use, if the caller has had enough
             self._connection.execute("DETACH DATABASE layer")
 
     @property
@@ -344,6 +348,8 @@ class Tree:
         indexes = [layer.reopen_index() for layer in self.layers]
         try:
             write_tree(self._path, indexes)
+        except Invalid as error:
+            raise Invalid(f"image {self.digest}: {error.message}", remedy=error.remedy) from error
         finally:
             for index in indexes:
                 index.close()
@@ -368,6 +374,9 @@ class Tree:
                 found = self._overlay.lookup(self._stack(directory), name)
             except Undecided as undecided:
                 await self.layers[undecided.position].wait_progress()
+                continue
+            except sqlite3.DatabaseError as error:
+                await self._fail(error)
                 continue
             if self.final:
                 self._merge_later()
@@ -400,6 +409,15 @@ class Tree:
                 return self._find(directory)[0]
             except Undecided as undecided:
                 await self.layers[undecided.position].wait_progress()
+            except sqlite3.DatabaseError as error:
+                await self._fail(error)
+
+    async def _fail(self, error: sqlite3.DatabaseError) -> None:
+        """What a layer streams into a full disk has no use any more, and its pass will soon say so."""
+        if all(layer.complete for layer in self.layers):
+            raise error
+        for layer in self.layers:
+            await layer.wait_complete()
 
     async def walk(self, path: Sequence[bytes]) -> Node | None:
         """The node at a path of names from the root, or None. As `lookup`."""

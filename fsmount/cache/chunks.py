@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import diskcache
 import trio
 
-from fsmount.cache.folder import from_os_error
+from fsmount.cache.folder import from_os_error, from_sqlite_error
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,21 @@ log = logging.getLogger(__name__)
 HOT_CHUNKS = 256
 #: Threads that touch the store at once; each one costs diskcache two descriptors and a connection.
 STORE_THREADS = 4
+
+
+#: What SQLite says of the disk, or of others who use the database: the database itself is sound.
+_TROUBLES = frozenset(
+    (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_READONLY,
+    )
+)
 
 
 class _RawDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no type hints
@@ -94,6 +109,8 @@ class ChunkStore:
         try:
             self._cache = self._connect()
         except (sqlite3.DatabaseError, ValueError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _TROUBLES:
+                raise from_sqlite_error(error, folder) from error  # type: ignore[arg-type]
             aside = folder.with_name(f"{folder.name}.damaged")
             log.warning(
                 "the chunk store is damaged (%s): moved to %s, starting with an empty one", error, aside

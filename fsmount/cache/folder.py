@@ -104,8 +104,18 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise from_os_error(error, path) from error
     except sqlite3.OperationalError as error:
-        full = "full" in str(error)
-        raise from_os_error(OSError(errno.ENOSPC if full else errno.EIO, str(error)), path) from error
+        raise from_sqlite_error(error, path) from error
+
+
+#: SQLite's words for ENOSPC: of a file, and of the shared memory beside a database.
+_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+
+
+def from_sqlite_error(error: sqlite3.Error, path: Path, *, remedy: str | None = None) -> FsmountError:
+    """The error of ours that says what SQLite said about path; remedy, for all but a full disk."""
+    if getattr(error, "sqlite_errorname", None) in _FULL:
+        return from_os_error(OSError(errno.ENOSPC, str(error)), path)
+    return FsmountError(f"{path} cannot be used: {error}", remedy=remedy)
 
 
 def from_os_error(

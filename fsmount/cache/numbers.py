@@ -4,6 +4,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+from fsmount.cache.folder import from_sqlite_error
 from fsmount.errors import FsmountError
 from fsmount.oci.digest import Digest
 
@@ -38,7 +39,8 @@ class Numbers:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: FsmountError when the file is damaged or cannot be written."""
+        """Raises: FsmountError when the file is damaged or cannot be written, NoSpace. So do all methods."""
+        self._path = path
         try:
             self._connection = sqlite3.connect(
                 path, isolation_level=None, check_same_thread=False, timeout=10
@@ -47,39 +49,46 @@ class Numbers:
                 "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;"
             )
         except sqlite3.Error as error:
-            raise FsmountError(
-                f"{path} cannot be used: {error}",
-                remedy="With every fsmount process of this cache stopped, remove that file; it is made anew.",
-            ) from error
+            raise self._failure(error) from error
 
     def close(self) -> None:
         self._connection.close()
+
+    def _execute(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
+        try:
+            return self._connection.execute(statement, values)
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: sqlite3.Error) -> FsmountError:
+        remedy = "With every fsmount process of this cache stopped, remove that file; it is made anew."
+        return from_sqlite_error(error, self._path, remedy=remedy)
 
     def layer(self, key: str) -> int:
         return self._number("layers", "key", (key,))
 
     def retire_layer(self, key: str) -> None:
         """The next `layer(key)` is a new number: no page the kernel cached under the old one is seen again."""
-        self._connection.execute("DELETE FROM layers WHERE key = ?", (key,))
+        self._execute("DELETE FROM layers WHERE key = ?", (key,))
 
     def layer_key(self, number: int) -> str | None:
-        row = self._connection.execute("SELECT key FROM layers WHERE number = ?", (number,)).fetchone()
+        row = self._execute("SELECT key FROM layers WHERE number = ?", (number,)).fetchone()
         return None if row is None else str(row[0])
 
     def folder(self, path: str) -> int:
         return self._number("folders", "path", (path,))
 
     def folder_path(self, number: int) -> str | None:
-        row = self._connection.execute("SELECT path FROM folders WHERE number = ?", (number,)).fetchone()
+        row = self._execute("SELECT path FROM folders WHERE number = ?", (number,)).fetchone()
         return None if row is None else str(row[0])
 
     def latest_view(self, app: str, name: str, origin: str) -> ViewRecord | None:
         """The view that was last given to this name."""
         query = f"SELECT {_VIEW} FROM views WHERE app = ? AND name = ? AND origin = ? ORDER BY number DESC LIMIT 1"
-        return _view(self._connection.execute(query, (app, name, origin)).fetchone())
+        return _view(self._execute(query, (app, name, origin)).fetchone())
 
     def new_view(self, app: str, name: str, origin: str, digest: Digest | None) -> ViewRecord:
-        cursor = self._connection.execute(
+        cursor = self._execute(
             "INSERT INTO views (app, name, origin, digest) VALUES (?, ?, ?, ?)",
             (app, name, origin, None if digest is None else str(digest)),
         )
@@ -89,24 +98,22 @@ class Numbers:
     def bind_view(self, number: int, digest: Digest) -> ViewRecord:
         """Says what a view shows, if nobody has said it yet; returns what holds."""
         update = "UPDATE views SET digest = ? WHERE number = ? AND digest IS NULL"
-        self._connection.execute(update, (str(digest), number))
+        self._execute(update, (str(digest), number))
         record = self.view(number)
         assert record is not None
         return record
 
     def view(self, number: int) -> ViewRecord | None:
-        return _view(
-            self._connection.execute(f"SELECT {_VIEW} FROM views WHERE number = ?", (number,)).fetchone()
-        )
+        return _view(self._execute(f"SELECT {_VIEW} FROM views WHERE number = ?", (number,)).fetchone())
 
     def _number(self, table: str, columns: str, values: tuple[object, ...]) -> int:
         condition = " AND ".join(f"{column} = ?" for column in columns.split(", "))
         select = f"SELECT number FROM {table} WHERE {condition}"
-        row = self._connection.execute(select, values).fetchone()
+        row = self._execute(select, values).fetchone()
         if row is None:
             marks = ", ".join("?" for _ in values)
-            self._connection.execute(f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})", values)
-            row = self._connection.execute(select, values).fetchone()
+            self._execute(f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})", values)
+            row = self._execute(select, values).fetchone()
         return int(row[0])
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fsmount.cache.folder import from_os_error
 from fsmount.cli.output import printable
-from fsmount.errors import FsmountError
+from fsmount.errors import NoSpace
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -92,7 +93,11 @@ def _open_log(log: Path) -> FileIO:
         log.parent.mkdir(parents=True, exist_ok=True)
         return FileIO(log, "a", opener=lambda path, flags: os.open(path, flags, 0o600))
     except OSError as error:
-        raise FsmountError(f"the log {log} cannot be written: {error.strerror}") from error
+        remedy = "Choose another place with --cache, or for the log alone with --log-file."
+        failure = from_os_error(error, log, elsewhere=remedy)
+        if isinstance(failure, NoSpace):
+            raise failure from error
+        raise type(failure)(f"the log {log} cannot be written: {error.strerror}", remedy=remedy) from error
 
 
 def _listen(pipe: FileIO) -> bytes:

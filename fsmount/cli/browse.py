@@ -10,7 +10,7 @@ from fsmount.archive.entry import EntryType
 from fsmount.catalog import Content
 from fsmount.cli.options import ConfigOptions
 from fsmount.engine import Engine, open_engine
-from fsmount.errors import NotFound
+from fsmount.errors import AccessDenied, NotFound, Unreachable
 from fsmount.oci.platform import Platform
 from fsmount.overlay import Node
 from fsmount.tree import directory_key
@@ -47,7 +47,16 @@ async def open_content(
     chosen = Platform.parse(platform) if platform else None
     async with open_engine(config) as engine:
         app, version = engine.find(source, platform=chosen, path=path)
-        yield engine, await engine.catalog.open(app, version)
+        try:
+            content = await engine.catalog.open(app, version)
+        except (NotFound, AccessDenied, Unreachable) as error:
+            name = app.name.removeprefix("docker.io/library/")
+            if name != app.name and source.startswith(name):
+                # Without a registry it is one of Docker Hub, which is what a mistyped app becomes, too.
+                apps = ", ".join(sorted(engine.catalog.apps)) or "none"
+                error.remedy = f"There is no app {name!r} in the configuration; there are: {apps}."
+            raise
+        yield engine, content
 
 
 async def walk(content: Content, path: str) -> tuple[Node, list[bytes]]:

@@ -100,7 +100,11 @@ def _tell(error: BaseException) -> int:
         traceback.print_exception(error)
     text = "".join(f"fsmount: error: {printable(_message(cause))}\n" for cause in causes)
     announce_failure(text)
-    click.echo(text, err=True, nl=False)
+    try:
+        click.echo(text, err=True, nl=False)
+    except OSError:
+        # The log's disk is full, and what is left in the buffer would make the interpreter's own end a failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return next(_exit_code(cause) for cause in causes)
 
 

@@ -182,6 +182,9 @@ class _Loop:
             case Refusal(errno=code):
                 pass
             case FsmountError(errno=code):
+                if code == errno.ENOENT and opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
+                    # readdir(3) takes ENOENT for the end: the folder would look empty.
+                    code = errno.ENODATA
                 self._journal.note_failure(_name(opcode), code, error.message)
             case _:
                 code = errno.EIO

@@ -43,6 +43,8 @@ class Reference:
         """
         if len(text) > _LONGEST_TEXT:
             raise _malformed(text, f"it is longer than {_LONGEST_TEXT} characters", _FORM)
+        if "://" in text:
+            raise _malformed(text, "it is a URL", "Leave out everything up to and including '://'.")
         name, at, digest = text.partition("@")
         tag: str | None = None
         colon = name.rfind(":")
@@ -168,8 +170,6 @@ def _check_repository(text: str, domain: str, repository: str) -> None:
     if not _REPOSITORY.fullmatch(repository):
         if repository != repository.lower():
             raise _malformed(text, "repository names are lower-case", f"Write {repository.lower()[:200]!r}.")
-        if "://" in text:
-            raise _malformed(text, "it is a URL", "Leave out everything up to and including '://'.")
         raise _malformed(text, f"{bare[:140]!r} is no repository name", _FORM)
     if len(domain) + 1 + len(repository) > _LONGEST_NAME:
         raise _malformed(text, f"the name is longer than {_LONGEST_NAME} characters", _FORM)

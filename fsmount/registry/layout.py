@@ -11,7 +11,7 @@ from typing import Self, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
-from fsmount.errors import AccessDenied, Corrupt, FsmountError, Invalid, NotFound, UsageError
+from fsmount.errors import AccessDenied, Corrupt, FsmountError, Invalid, NotFound, Unsupported, UsageError
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import OCI_INDEX, OCI_MANIFEST, Descriptor, Index, Manifest, parse_manifest
 from fsmount.oci.reference import Reference, is_tag
@@ -193,7 +193,10 @@ def _load(path: Path, stamp: _Stamp | None, index: Index) -> tuple[_Stamp, Index
     finally:
         os.close(fd)
     # It may lack its type (umoci); then its fields say what it is.
-    parsed = parse_manifest(data, OCI_INDEX)
+    try:
+        parsed = parse_manifest(data, OCI_INDEX)
+    except (Invalid, Unsupported) as error:
+        raise type(error)(f"{path / 'index.json'}: {error.message}", remedy=error.remedy) from error
     assert isinstance(parsed, Index)
     return now, parsed
 

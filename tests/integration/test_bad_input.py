@@ -782,7 +782,7 @@ _TROUBLES: Mapping[str, Trouble] = {
     "config-403": Trouble("refuse", 403, "config", _DENIED, "of HOST/config-403", "blob sha256:", "answers 403"),
     "layer-403": Trouble("refuse", 403, "layer", _DENIED, "of HOST/layer-403", "blob sha256:", "answers 403"),
     "layer-404": Trouble("refuse", 404, "layer", _MISSING, "of HOST/layer-404", "blob sha256:", "does not exist"),
-    "layer-416": Trouble("refuse", 416, "layer", _CORRUPT, "of HOST/layer-416", "blob sha256:", "is shorter than"),
+    "layer-416": Trouble("refuse", 416, "layer", _GONE, "of HOST/layer-416", "blob sha256:", "answers 416"),
     "layer-429": Trouble("refuse", 429, "layer", _SLOWER, "of HOST/layer-429", "blob sha256:", "answers 429"),
     "layer-503": Trouble("refuse", 503, "layer", _GONE, "of HOST/layer-503", "blob sha256:", "answers 503"),
     "half": Trouble(None, 0, "layer", _CORRUPT, "of HOST/half has", "bytes, not the", "descriptor promises"),
