@@ -25,16 +25,11 @@ def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log
 
     It returns when the mount answers. SIGTERM, or `fsmount unmount MOUNTPOINT`, takes it down.
     """
+    if not foreground:
+        raise click.exceptions.Exit(_in_background(options, mountpoint, log_file))
+
     config = options.load()
     mountpoint = (mountpoint or config.mountpoint).absolute()
-    if not foreground:
-        from fsmount.fuse import mounts
-
-        mounts.prepare(mountpoint)  # the obvious mistakes, told before anything starts
-        arguments = ["mount", str(mountpoint), "--foreground", *options.arguments()]
-        log = log_file or config.cache.path / "log" / "mount.log"
-        raise click.exceptions.Exit(run_in_background(arguments, log))
-
     import logging
 
     import trio
@@ -45,3 +40,20 @@ def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log
     if not config.apps:
         logging.warning("no apps are configured: the mount is empty; add [apps.NAME], or use --app")
     trio.run(lambda: daemon.run(config, mountpoint, ready=announce_ready))
+
+
+def _in_background(options: ConfigOptions, mountpoint: Path | None, log_file: Path | None) -> int:
+    from fsmount.fuse import mounts
+
+    # What the process in the background will find out about the configuration, it tells; here it is read only for
+    # what nobody said: that takes 0.2 s.
+    if mountpoint is None or (log_file is None and options.cache is None):
+        config = options.load()
+        mountpoint = mountpoint or config.mountpoint
+        log_file = log_file or config.cache.path / "log" / "mount.log"
+    if log_file is None:
+        assert options.cache is not None
+        log_file = options.cache / "log" / "mount.log"
+    mountpoint = mountpoint.absolute()
+    mounts.prepare(mountpoint)  # the obvious mistakes, told before anything starts
+    return run_in_background(["mount", str(mountpoint), "--foreground", *options.arguments()], log_file)
