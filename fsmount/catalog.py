@@ -190,12 +190,15 @@ class Catalog:
         """
         tag, digest = _parse(name)
         view = self._known(app, name)
-        if view is not None:
-            if digest is None and view.record.digest is not None:
+        if view is not None and view.record.digest is not None:
+            if digest is None:
                 self._refresh_later(app, name)
             return view
-        listed = self._tags.get(app.name)
-        if digest is not None or not (listed is not None and tag in listed.listed):
+        # Of a view that nobody has entered yet, the list alone says that it exists.
+        listed = digest is None and self.look_after(app) is not None and tag in self._tags[app.name].listed
+        if view is not None and listed:
+            return view
+        if not listed:
             digest = await self._resolve(app, name, str(digest) if digest else tag)
         return self._new_view(app, name, digest)
 
@@ -245,12 +248,7 @@ class Catalog:
         return view
 
     def _new_view(self, app: App, name: str, digest: Digest | None) -> View:
-        numbers = self._layers.numbers
-        record = numbers.latest_view(app.name, name, app.origin)
-        if record is None or record.digest is not None:
-            record = numbers.new_view(app.name, name, app.origin, digest)
-        elif digest is not None:
-            record = numbers.bind_view(record.number, digest)
+        record = self._layers.numbers.name_view(app.name, name, app.origin, digest)
         view = self._views[record.number] = self._latest[app.name, name] = View(app, record)
         return view
 

@@ -30,8 +30,9 @@ _Result = TypeVar("_Result")
 
 #: Compressed bytes handed to a worker thread at once: enough that the 0.15 ms of a thread call do not count.
 _BLOCK_SIZE = 1024 * 1024
-#: Passes at once; each holds up to about 24 MiB and keeps a core busy.
+#: Passes at once over blobs of one source, and of all: each holds up to about 16 MiB, while the network stalls less.
 _PASSES = 4
+_ALL_PASSES = 32
 #: Seconds during which a layer that was found corrupt is not downloaded again.
 _CONDEMNED_SECONDS = 60
 
@@ -294,7 +295,7 @@ class Layer:
     async def _run(self, running: "_Pass") -> None:
         """One pass; its outcome goes to whoever waits for it, and only Cancelled leaves here."""
         try:
-            async with self._layers.passes:
+            async with self._layers.passes_of(self.source), self._layers.all_passes:
                 await (self._stream(running) if running.known else self._make_index(running))
         except FsmountError as error:
             running.error = error
@@ -497,13 +498,18 @@ class Layers:
         self.numbers = numbers
         self.nursery = nursery
         self.max_layer_size = max_layer_size
-        self.passes = trio.CapacityLimiter(_PASSES)
+        self.all_passes = trio.CapacityLimiter(_ALL_PASSES)
+        self._passes: dict[str, trio.CapacityLimiter] = {}
         # Two stages per pass; more threads than cores only so that none waits for a slow disk.
         self.threads = trio.CapacityLimiter(4)
         self._layers: dict[str, Layer] = {}
         self._by_number: dict[int, Layer] = {}
         self._retired: dict[int, Corrupt] = {}
         self._warned_full = False
+
+    def passes_of(self, source: Source) -> trio.CapacityLimiter:
+        """Bounds the passes over blobs of one source: a slow registry holds up no other."""
+        return self._passes.setdefault(source.name, trio.CapacityLimiter(_PASSES))
 
     def get(self, spec: LayerSpec, source: Source) -> Layer:
         """The layer, with source as the place to fetch it from. Raises: Corrupt (it is known to break its diff ID)."""

@@ -1,6 +1,8 @@
 """Numbers: the small numbers that layers, views and folders keep for ever, so that inode numbers survive restarts."""
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +96,26 @@ class Numbers:
         )
         assert cursor.lastrowid is not None
         return ViewRecord(cursor.lastrowid, app, name, origin, digest)
+
+    def name_view(self, app: str, name: str, origin: str, digest: Digest | None) -> ViewRecord:
+        """What a name stands for now: its latest view, if that shows the digest or nothing yet; else a new one."""
+        with self._transaction():
+            latest = self.latest_view(app, name, origin)
+            if latest is None or latest.digest not in (None, digest):
+                return self.new_view(app, name, origin, digest)
+            return latest if digest is None else self.bind_view(latest.number, digest)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """What no other process may see half of, or do meanwhile."""
+        self._execute("BEGIN IMMEDIATE", ())
+        try:
+            yield
+            self._execute("COMMIT", ())
+        except BaseException:
+            with suppress(sqlite3.Error):  # SQLite itself may have undone it
+                self._connection.execute("ROLLBACK")
+            raise
 
     def bind_view(self, number: int, digest: Digest) -> ViewRecord:
         """Says what a view shows, if nobody has said it yet; returns what holds."""

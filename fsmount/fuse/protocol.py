@@ -98,6 +98,7 @@ _PADDING = [bytes(length) for length in range(_ALIGNMENT)]
 _U64 = (1 << 64) - 1
 _BLOCK = 512
 
+_PARALLEL_DIROPS = 1 << 18
 _CACHE_SYMLINKS = 1 << 23
 
 
@@ -188,7 +189,7 @@ def parallel_init(init: bytes, answer: bytes, *, background: int) -> bytes:
     changed = bytearray(answer)
     flags_at = _OUT_HEADER.size + 12  # major, minor and max_readahead come first
     (flags,) = _INIT_FLAGS.unpack_from(changed, flags_at)
-    _INIT_FLAGS.pack_into(changed, flags_at, flags | offered & _CACHE_SYMLINKS)
+    _INIT_FLAGS.pack_into(changed, flags_at, flags | offered & (_PARALLEL_DIROPS | _CACHE_SYMLINKS))
     _INIT_BACKGROUND.pack_into(changed, flags_at + 4, background, background * 3 // 4)
     return bytes(changed)
 

@@ -16,6 +16,7 @@ UMOCI = "skopeo + umoci"
 RATARMOUNT = "ratarmount"
 SQUASHFUSE = "squashfuse_ll"
 NATIVE = "native"
+HTTPX = "plain httpx"
 
 
 def floor(bench: Bench, tag: str, dest: Path) -> float:

@@ -1,6 +1,7 @@
 """The scenarios, each called once a run: every contender does the same, one after the other, in that run."""
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from scripts.bench.machine import Failed, drop_caches, probe, resident_megabytes
 from scripts.bench.report import OURS, Ask
 from scripts.bench.rivals import (
     FLOOR,
+    HTTPX,
     NATIVE,
     RATARMOUNT,
     SQUASHFUSE,
@@ -47,6 +49,8 @@ ASKS = (
     Ask("cached file, page cache cold, s/GB", NATIVE, 2.0),
     Ask("diff -r of two tags, cold, s", NATIVE, 0.25),
     Ask("diff -r of two tags, warm, s", NATIVE, 0.25),
+    Ask("one blob, s", HTTPX, 1.25),
+    Ask("one blob: event loop blocked, ms", None, 20),
     Ask("200,000 files: memory, MB", None, 250),
     Ask("200,000 files: open an indexed tag, s", None, 0.3),
 )
@@ -255,6 +259,20 @@ def diff(bench: Bench) -> None:
     bench.attempt(NATIVE, folders)
 
 
+def download(bench: Bench) -> None:
+    """One large blob to nowhere, through fsmount's registry client and through plain httpx."""
+    layer = bench.corpus.layers["A"]
+
+    def measure(contender: str, way: str) -> None:
+        command = [sys.executable, "-m", "scripts.bench.download", way, bench.registry.host]
+        seconds, blocked = timed([*command, REPOSITORY, layer.digest, str(layer.size)]).output.split()
+        bench.record("one blob, s", contender, float(seconds))
+        bench.record("one blob: event loop blocked, ms", contender, float(blocked) * 1000)
+
+    bench.attempt(OURS, lambda: measure(OURS, "fsmount"))
+    bench.attempt(HTTPX, lambda: measure(HTTPX, "httpx"))
+
+
 def huge(bench: Bench) -> None:
     """A tag of 200,000 files: memory after find over it, and how soon a new daemon opens what is indexed."""
 
@@ -291,6 +309,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "warm": warm,
     "cold-pages": cold_pages,
     "diff": diff,
+    "download": download,
     "huge": huge,
 }
 

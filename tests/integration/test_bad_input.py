@@ -774,8 +774,8 @@ _TROUBLES: Mapping[str, Trouble] = {
     "flip-manifest": Trouble("flip", 9, "manifest", _CORRUPT, "HOST/flip-manifest@sha256:", "its digest names"),
     "flip-config": Trouble("flip", 9, "config", _CORRUPT, "of HOST/flip-config", "its digest names"),
     "refuse-400": Trouble("refuse", 400, "manifest", _GONE, "HOST/refuse-400@sha256:", "answers 400"),
-    "refuse-401": Trouble("refuse", 401, "manifest", _DENIED, "HOST/refuse-401@", "401", "docker login HOST"),
-    "refuse-403": Trouble("refuse", 403, "manifest", _DENIED, "HOST/refuse-403@", "403", "docker login HOST"),
+    "refuse-401": Trouble("refuse", 401, "manifest", _DENIED, "HOST/refuse-401@", "401", "fsmount login HOST"),
+    "refuse-403": Trouble("refuse", 403, "manifest", _DENIED, "HOST/refuse-403@", "403", "fsmount login HOST"),
     "refuse-404": Trouble("refuse", 404, "manifest", _MISSING, "HOST/refuse-404@sha256:", "does not exist"),
     "refuse-429": Trouble("refuse", 429, "manifest", _SLOWER, "HOST/refuse-429@sha256:", "answers 429"),
     "refuse-500": Trouble("refuse", 500, "manifest", _GONE, "HOST/refuse-500@sha256:", "answers 500"),
@@ -898,7 +898,7 @@ def test_a_registry_that_does_not_listen_is_exit_code_6(registries: Registries, 
     outcome.check_nothing_left()
 
 
-_DENIAL = (5, "no access to HOST/good:v1", "docker login HOST")
+_DENIAL = (5, "no access to HOST/good:v1", "fsmount login HOST")
 _BROKEN_FILE = (2, "login writes a good one", "config.json")
 _CREDENTIALS: Mapping[str, tuple[peers.Json, tuple[int, str, str]]] = {
     "none": ({}, _DENIAL),

@@ -82,6 +82,8 @@ def _archive(members: list[Member], format: int) -> bytes:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w", format=format, encoding="utf-8") as archive:
         for member in members:
+            if member.type == tarfile.AREGTYPE and len(member.path) >= 100:
+                continue  # cut off at a slash, its name in the header makes tarfile take it for a folder
             info = tarfile.TarInfo(os.fsdecode(member.path))
             info.type = member.type
             info.linkname = os.fsdecode(member.target) if _TYPES[member.type] in _LINKS else ""
