@@ -495,6 +495,8 @@ def _unknown_key(location: _Location, value: object) -> str:
             model = Cache
         case ("defaults", _):
             model = Defaults
+        case ("network", _):
+            model = Network
         case _:
             model = Config
     keys = [field.alias or name for name, field in model.model_fields.items()]

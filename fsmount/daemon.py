@@ -36,6 +36,7 @@ async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) ->
         async with open_engine(config) as engine:
             operations = Operations(engine.catalog, engine.layers, engine.numbers)
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(engine.layers.chunks.trim)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 nursery.start_soon(_serve, operations, mountpoint, ready, nursery.cancel_scope)
     log.info("unmounted %s", mountpoint)

@@ -150,7 +150,12 @@ class Layer:
     async def wait_complete(self) -> LayerIndex:
         """The complete index, streaming the layer if need be. Raises: what the pass raised."""
         while (index := self.index) is None or not index.complete:
-            await self._running().wait_done()
+            try:
+                await self._running().wait_done()
+            except Corrupt:
+                if self._condemned is not None:
+                    raise
+                # It was a mirror's doing: the next pass asks the others. Nobody here has read anything.
         return index
 
     async def wait_progress(self) -> None:

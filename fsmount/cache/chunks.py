@@ -255,6 +255,17 @@ class ChunkStore:
             except (OSError, sqlite3.Error, diskcache.Timeout) as error:
                 log.warning("chunk %s cannot be removed: %s", key, error)
 
+    async def trim(self) -> None:
+        """Removes what is over the size, which may be smaller than it was; storing a chunk does so by itself."""
+
+        def cull() -> None:
+            try:
+                self._cache.cull(retry=True)
+            except (OSError, sqlite3.Error) as error:
+                log.warning("the chunk store cannot be trimmed: %s", error)
+
+        await trio.to_thread.run_sync(cull, limiter=self._limiter)
+
     def stored(self, keys: list[str]) -> int:
         """How many of these chunks are on disk. Blocks on the disk, briefly."""
         return sum(key in self._cache for key in keys)

@@ -37,7 +37,8 @@ async def check_login(
     login = _Login(domain, username, password)
     hosts = Hosts(plain_http=frozenset({domain} if plain_http else ()))
     async with Sources(hosts=hosts, credentials=login, transport=transport) as sources:
-        remotes = await sources.remotes(Reference(domain, ""))
+        # Of any repository: a rule for a mirror may need a name to rewrite.
+        remotes = await sources.remotes(Reference(domain, "any"))
         server = next(remote for remote in remotes if remote.endpoint.is_origin).server
         try:
             # Of a registry with tokens, this asks for one without a scope: it proves who we are, and no more.

@@ -304,6 +304,7 @@ platform = "?"
         assert problem("[registries.x]\nmirror = 1\n").endswith(
             "unknown key; known here: plain_http, username, password_file, helper, anonymous"
         )
+        assert problem("[network]\ntrys = 2\n").endswith("network.trys: unknown key; did you mean tries?")
 
     def test_a_nested_table_for_an_app_with_a_slash_is_told_how_to_write_it(self, problems):
         found = problems(f"[apps.team.web]\n{WEB}")

@@ -241,7 +241,8 @@ async def test_while_there_are_mirrors_left_a_condemned_layer_is_fetched_again_a
         layer = layers.get(LayerSpec(blob), source)
         numbers = [layer.number]
         for _ in range(3):
-            await raises(Corrupt, layer.wait_complete)
+            # Of the last chunk nothing is known before the digest is.
+            await raises(Corrupt, partial(layer.read_stream, len(TAR) - 1, 1))
             assert_nothing_is_kept(tmp_path, layer)
             numbers.append(layer.number)
         assert source.fetched(blob) == 2
@@ -603,3 +604,16 @@ async def test_a_pass_whose_process_ends_leaves_nothing(
     assert_nothing_is_kept(tmp_path, layer)
     async with open_layers(tmp_path) as layers:
         assert await layers.get(LayerSpec(blob), source).read_stream(0, len(TAR)) == TAR
+
+
+async def test_who_needs_a_whole_layer_gets_it_from_others_if_a_mirror_altered_it(
+    tmp_path: Path, source: FakeSource, blob: Descriptor
+) -> None:
+    source.mirrors = 1
+    source.then(blob, Body(TAR[:MIDDLE] + bytes([TAR[MIDDLE] ^ 1]) + TAR[MIDDLE + 1 :]))
+    async with open_layers(tmp_path) as layers:
+        layer = layers.get(LayerSpec(blob), source)
+        number = layer.number
+        await layer.wait_complete()
+        assert layer.number != number, "what the kernel may have cached of the altered one is not seen again"
+    assert source.fetched(blob) == 2

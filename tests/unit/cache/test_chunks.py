@@ -337,3 +337,14 @@ def test_chunks_are_readable_by_their_owner_alone(folder: Path) -> None:
         os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(files(folder)[0].stat().st_mode) == 0o600
+
+
+async def test_a_store_that_is_to_be_smaller_than_it_was_is_trimmed(folder: Path) -> None:
+    with open_chunk_store(folder, size=10**9) as store:
+        for number in range(100):
+            store.put(f"key/{number}", GOOD)
+        before = store.volume
+    with open_chunk_store(folder, size=before // 2) as store:
+        await store.trim()
+        assert store.volume <= before // 2
+        assert 0 < len(files(folder)) < 100

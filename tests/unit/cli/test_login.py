@@ -130,6 +130,19 @@ def test_a_registry_that_cannot_be_reached_is_6_and_nothing_is_written(run, serv
     assert f"https://{HOST}/v2/ cannot be reached" in err
 
 
+def test_the_registry_itself_is_asked_where_a_mirror_has_another_path(
+    run, serve, docker, tmp_path, monkeypatch
+):
+    rules = tmp_path / "registries.conf"
+    rules.write_text(
+        f'[[registry]]\nlocation = "{HOST}"\n[[registry.mirror]]\nlocation = "mirror.example/proxy"\n'
+    )
+    monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(rules))
+    serve(registry_example=FakeRegistry(host=HOST))
+    assert log_in(run)[0] == 0
+    assert docker.exists()
+
+
 def test_a_registry_with_tokens_is_asked_for_one_without_a_scope(run, serve, fake, docker):
     server = TokenServer(admit=lambda request: request.headers.get("authorization") == basic("me", "s3cret"))
     fake.challenge, fake.admit = BEARER, lambda sent: sent in server.valid

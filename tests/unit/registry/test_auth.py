@@ -127,7 +127,7 @@ async def test_a_password_that_expires_is_read_again(fake: FakeRegistry, path: P
 
 async def test_without_credentials_basic_is_not_answered(fake: FakeRegistry, path: Path) -> None:
     fake.challenge = 'Basic realm="r"'
-    with pytest.raises(AccessDenied, match="docker login") as caught:
+    with pytest.raises(AccessDenied, match="fsmount login") as caught:
         await client(path, fake, nobody).source().resolve("v1")
     assert caught.value.remedy
 

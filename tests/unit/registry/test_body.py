@@ -268,7 +268,7 @@ async def test_through_a_socket_a_cut_body_is_resumed_and_a_silent_one_closed() 
         with pytest.raises(Corrupt):
             async with source.blob(descriptor_of(DATA), start=5):
                 raise AssertionError
-        transport = sources._transports.find(httpx.URL(f"http://{host}/"), Tls())
+        transport = await sources._transports.find(httpx.URL(f"http://{host}/"), Tls())
         assert isinstance(transport, httpx.AsyncHTTPTransport)
         # Those that were left early are closed, not kept; the one whose body was not read either.
         assert [c for c in transport._pool.connections if not c.is_idle()] == []

@@ -75,7 +75,7 @@ async def test_what_arrived_before_the_end_of_tls_is_not_lost(end: bytes | Excep
 async def test_new_connections_read_that_way() -> None:
     transports = Transports(Proxies(https=httpx.URL("http://proxy.example:3128")))
     for url in ("http://r.example/", "https://r.example/"):
-        transport = transports.find(httpx.URL(url), Tls())
+        transport = await transports.find(httpx.URL(url), Tls())
         assert isinstance(transport, httpx.AsyncHTTPTransport)
         assert isinstance(transport._pool._network_backend, _LargeReads)
     await transports.aclose()
@@ -148,7 +148,7 @@ async def test_a_connection_is_kept_when_all_was_read(fake: FakeRegistry) -> Non
             async with source.blob(descriptor_of(DATA)) as pieces:
                 async for _ in pieces:
                     pass
-        transport = sources._transports.find(httpx.URL(f"http://{host}/"), Tls())
+        transport = await sources._transports.find(httpx.URL(f"http://{host}/"), Tls())
         assert isinstance(transport, httpx.AsyncHTTPTransport)
         assert len(transport._pool.connections) == 1
 
