@@ -252,10 +252,10 @@ class Catalog:
         view = self._views[record.number] = self._latest[app.name, name] = View(app, record)
         return view
 
-    async def _resolve(self, app: App, name: str, version: str | None) -> Digest:
+    async def _resolve(self, app: App, name: str, version: str | None, known: Digest | None = None) -> Digest:
         async def resolve() -> Digest:
             with _deadline(app):
-                return (await app.source.resolve(version)).digest
+                return (await app.source.resolve(version, known=known)).digest
 
         digest = await self._resolving.run((app.name, name), resolve)
         self._checked[app.name, name] = trio.current_time()
@@ -273,7 +273,9 @@ class Catalog:
     async def _refresh(self, app: App, name: str) -> None:
         try:
             try:
-                digest = await self._resolve(app, name, name)
+                latest = self._latest.get((app.name, name))
+                known = latest.record.digest if latest is not None else None
+                digest = await self._resolve(app, name, name, known)
             except NotFound:
                 log.info("the tag %s of %s is gone", name, app.name)
                 self._latest.pop((app.name, name), None)

@@ -72,6 +72,8 @@ class FakeSource:
     listed: dict[str, Digest] = field(default_factory=dict)
     #: How often each question was asked: `tags`, `v1`, `manifest sha256:…`, `blob sha256:…`.
     asked: Counter[str] = field(default_factory=Counter)
+    #: What those who asked for a version had found before.
+    known: list[Digest | None] = field(default_factory=list)
     #: Raised by every question while it is set.
     away: FsmountError | None = None
     #: Every question waits for it while it is set and not open.
@@ -141,6 +143,7 @@ class FakeSource:
 
     async def resolve(self, version: str | None, *, known: Digest | None = None) -> Descriptor:
         version = version or "latest"
+        self.known.append(known)
         await self._ask(version)
         digest = self.listed.get(version)
         if digest is None and version.startswith("sha256:"):

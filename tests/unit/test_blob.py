@@ -1,4 +1,4 @@
-"""registry.md §4.5: parts of a blob are asked for once, and a server without ranges for nothing more meanwhile."""
+"""Parts of a blob are asked for once, and a server without ranges for nothing more meanwhile."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

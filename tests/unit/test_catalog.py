@@ -163,6 +163,7 @@ async def test_a_tag_that_moved_is_a_new_view_and_who_is_inside_the_old_one_stay
         source.silent.open()
         await wait_all_tasks_blocked()
         assert source.asked["v1"] == 2
+        assert source.known == [None, old.record.digest], "the registry need not say it again"
         new = await catalog.view(web, "v1")
         assert new.number != old.number
         assert await names(await catalog.content(new)) == [b"second"]

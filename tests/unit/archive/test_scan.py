@@ -1,4 +1,4 @@
-"""layer-formats.md §6: what a tar archive says, and which archives say nothing that can be believed."""
+"""What a tar archive says, and which archives say nothing that can be believed."""
 
 import os
 import subprocess

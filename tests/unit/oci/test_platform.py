@@ -1,4 +1,4 @@
-"""layer-formats §5: platforms, and which manifest of an index suits one."""
+"""Platforms, and which manifest of an index suits one."""
 
 import pytest
 

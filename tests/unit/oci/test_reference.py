@@ -1,4 +1,4 @@
-"""registry.md §5.1: the grammar of references, and of layout folders."""
+"""The grammar of references, and of layout folders."""
 
 from pathlib import Path
 
