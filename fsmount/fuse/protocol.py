@@ -86,12 +86,13 @@ _DIRENT = struct.Struct("=" + _DIRENT_FORM)
 _DIRENTPLUS = struct.Struct(_ENTRY_OUT.format + _DIRENT_FORM)
 _INIT_IN = struct.Struct("=IIII")
 _INIT_FLAGS = struct.Struct("=I")
-_INIT_BACKGROUND = struct.Struct("=HH")
+_INIT_SIZES = struct.Struct("=HHIIH")  # max_background, congestion_threshold, max_write, time_gran, max_pages
 
 HEADER_SIZE = _IN_HEADER.size
-#: The kernel refuses to write a request into a smaller buffer than the largest request it negotiated, and
-#: libfuse negotiates 1 MiB.
-BUFFER_SIZE = (1 << 20) + (1 << 16)
+_LARGEST_WRITE = 1 << 20
+_PAGE = 4096
+#: The kernel refuses to write a request into a smaller buffer than the largest WRITE that was agreed on needs.
+BUFFER_SIZE = _LARGEST_WRITE + (1 << 16)
 #: Names are followed by zeros to a multiple of this.
 _ALIGNMENT = 8
 _PADDING = [bytes(length) for length in range(_ALIGNMENT)]
@@ -179,18 +180,23 @@ class Listing:
         return b"".join(self._parts)
 
 
-def parallel_init(init: bytes, answer: bytes, *, background: int) -> bytes:
+def amended_init(init: bytes, answer: bytes, *, background: int) -> bytes:
     """libfuse's answer to the kernel's INIT, with what libfuse has no option for.
 
-    The kernel keeps symlink targets, which never change here. And it sends `background` reads at once: by
-    default 12, also of all files together, so that a dozen readers of a slow layer would hold up everyone.
+    The kernel keeps symlink targets, which never change here. It looks up names of one directory side by side: by
+    default one that waits holds up the others. It sends `background` reads at once: by default 12, of all files
+    together, so that a dozen readers of a slow layer would hold up everyone. And no request may be larger than
+    our buffer, whatever a newer libfuse would take.
     """
     _, _, _, offered = _INIT_IN.unpack_from(init, HEADER_SIZE)
     changed = bytearray(answer)
     flags_at = _OUT_HEADER.size + 12  # major, minor and max_readahead come first
     (flags,) = _INIT_FLAGS.unpack_from(changed, flags_at)
     _INIT_FLAGS.pack_into(changed, flags_at, flags | offered & (_PARALLEL_DIROPS | _CACHE_SYMLINKS))
-    _INIT_BACKGROUND.pack_into(changed, flags_at + 4, background, background * 3 // 4)
+    sizes_at = flags_at + 4
+    _, _, max_write, time_gran, max_pages = _INIT_SIZES.unpack_from(changed, sizes_at)
+    max_write, max_pages = min(max_write, _LARGEST_WRITE), min(max_pages, _LARGEST_WRITE // _PAGE)
+    _INIT_SIZES.pack_into(changed, sizes_at, background, background * 3 // 4, max_write, time_gran, max_pages)
     return bytes(changed)
 
 

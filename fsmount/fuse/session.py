@@ -19,7 +19,7 @@ import trio
 
 from fsmount.errors import DeadlineExpired, FsmountError, NotRunning, Refused
 from fsmount.fuse import mounts
-from fsmount.fuse.protocol import BUFFER_SIZE, parallel_init
+from fsmount.fuse.protocol import BUFFER_SIZE, amended_init
 from fsmount.fuse.requests import Deadlines, Handlers, answer_requests
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ async def _negotiate(device: int) -> None:
         finally:
             # What it closes, and looks at before it unmounts, shall be the device again.
             os.dup2(device, libfuse_s, inheritable=False)
-    os.write(device, parallel_init(init, answer, background=BACKGROUND))
+    os.write(device, amended_init(init, answer, background=BACKGROUND))
 
 
 async def _wait_until_answering(mount: mounts.Mount, probes: trio.CapacityLimiter) -> None:

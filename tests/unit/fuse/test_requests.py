@@ -15,7 +15,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fsmount.errors import Corrupt, NotFound
-from fsmount.fuse.protocol import Attributes, Listing, Opcode, Refusal, absent, parallel_init
+from fsmount.fuse.protocol import BUFFER_SIZE, Attributes, Listing, Opcode, Refusal, absent, amended_init
 from fsmount.fuse.requests import Deadlines, Journal, answer_requests
 
 _FILE = Attributes(7, stat.S_IFREG | 0o644, 1, 2, 3, 0, 1000, -1_500_000_000, 5, 1.5, 86400.0)
@@ -183,17 +183,30 @@ async def test_every_other_request_is_not_implemented_which_the_kernel_remembers
         assert await kernel.ask(opcode) == (errno.ENOSYS, b"")
 
 
-def test_the_answer_to_init_allows_many_reads_at_once_and_keeps_symlinks_if_offered() -> None:
-    symlinks = 1 << 23
-    answer = struct.pack("=IiQ", 80, 0, 2) + struct.pack(
-        "=IIIIHHIIHH", 7, 31, 131072, 0b1010, 12, 9, 1, 1, 256, 0
-    )
-    answer += bytes(80 - len(answer))
-    for offered, expected in ((0b1111, 0b1010), (symlinks | 0b1111, symlinks | 0b1010)):
+@pytest.mark.parametrize("bit", [1 << 18, 1 << 23], ids=["side-by-side look-ups", "kept symlinks"])
+def test_the_answer_to_init_takes_what_the_kernel_offers_beyond_libfuse_s(bit: int) -> None:
+    answer = _init_answer(flags=0b1010, max_write=1 << 20, max_pages=256)
+    for offered, expected in ((0b1111, 0b1010), (bit | 0b1111, bit | 0b1010)):
         init = bytes(40) + struct.pack("=IIII", 7, 41, 131072, offered)
-        changed = parallel_init(init, answer, background=2000)
-        assert struct.unpack_from("=IIIIHH", changed, 16) == (7, 31, 131072, expected, 2000, 1500)
-        assert changed[:28] == answer[:28] and changed[36:] == answer[36:]
+        changed = amended_init(init, answer, background=2000)
+        assert struct.unpack_from("=IIIIHHIIHH", changed, 16) == (
+            *(7, 31, 131072, expected, 2000, 1500, 1 << 20, 1, 256, 0),
+        )
+        assert changed[:28] == answer[:28] and changed[46:] == answer[46:]
+
+
+def test_no_request_may_be_larger_than_the_buffer_for_it() -> None:
+    answer = _init_answer(flags=0, max_write=1 << 24, max_pages=4096)
+    changed = amended_init(bytes(40) + struct.pack("=IIII", 7, 41, 131072, 0), answer, background=9)
+    assert struct.unpack_from("=II", changed, 36) == (1 << 20, 1)
+    assert struct.unpack_from("=H", changed, 44) == (256,)
+    assert BUFFER_SIZE > (1 << 20) + 4096
+
+
+def _init_answer(*, flags: int, max_write: int, max_pages: int) -> bytes:
+    head = struct.pack("=IiQ", 80, 0, 2)
+    head += struct.pack("=IIIIHHIIHH", 7, 31, 131072, flags, 12, 9, max_write, 1, max_pages, 0)
+    return head + bytes(80 - len(head))
 
 
 # -------------------- failures
