@@ -3,10 +3,10 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar, TypeVarTuple, Unpack
+from typing import NamedTuple
 
 import trio
 
@@ -15,24 +15,16 @@ from fsmount.archive.scan import TarScanner
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder, disk_errors, publish
 from fsmount.cache.numbers import Numbers
-from fsmount.errors import Corrupt, FsmountError, Invalid, NoSpace, NotFound
+from fsmount.errors import Corrupt, FsmountError, Invalid, NotFound
 from fsmount.index import IndexBuilder, LayerIndex
-from fsmount.ingest import CHUNK_SIZE, Inflate, Keep, OneFile, Portion
+from fsmount.ingest import CHUNK_SIZE, Keep, OneFile
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
+from fsmount.passes import Pass, Passes
 from fsmount.registry.source import Source
-from fsmount.singleflight import single_error
 
 log = logging.getLogger(__name__)
 
-_Args = TypeVarTuple("_Args")
-_Result = TypeVar("_Result")
-
-#: Compressed bytes handed to a worker thread at once: enough that the 0.15 ms of a thread call do not count.
-_BLOCK_SIZE = 1024 * 1024
-#: Passes at once over blobs of one source, and of all: each holds up to about 16 MiB, while the network stalls less.
-_PASSES = 4
-_ALL_PASSES = 32
 #: Seconds during which a layer that was found corrupt is not downloaded again.
 _CONDEMNED_SECONDS = 60
 
@@ -80,10 +72,8 @@ class Layer:
         self.key = spec.key
         self.source = source
         self.number = layers.numbers.layer(self.key)
-        #: Compressed bytes that the pass under way, or the last one, has received.
-        self.received = 0
         self._layers = layers
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
         self._index: LayerIndex | None = None
         self._looked = False
         self._condemned: tuple[float, Corrupt] | None = None
@@ -120,6 +110,11 @@ class Layer:
             self._looked = True
             self._index = self._layers.load_index(self.key)
         return self._index
+
+    @property
+    def received(self) -> int:
+        """Compressed bytes that the pass under way, or the last one, has received."""
+        return self._pass.received if self._pass is not None else 0
 
     @property
     def complete(self) -> bool:
@@ -234,7 +229,7 @@ class Layer:
             size -= take
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def pieces(self, extents: Iterable[Extent]) -> Iterator["Piece"]:
+    def pieces(self, extents: Iterable[Extent]) -> Iterator[Piece]:
         """Where the bytes of a file lie in the chunks of the complete layer."""
         for extent in extents:
             file_offset, offset, left = extent
@@ -285,23 +280,28 @@ class Layer:
         count = len(index.chunks) if index is not None else 0
         return self._layers.chunks.stored([self._chunk_key(number) for number in range(count)])
 
-    def _running(self) -> "_Pass":
+    def _running(self) -> Pass:
         """The pass under way, or a new one."""
         if self._condemned is not None:
             until, error = self._condemned
             if trio.current_time() < until:
                 raise error
         if self._pass is None or self._pass.done:
-            known = self.index if self.complete else None
-            self._pass = _Pass(known)
+            self._pass = Pass(
+                self._layers.passes,
+                self.spec.descriptor,
+                chunk_key=self._chunk_key,
+                known=self.index if self.complete else None,
+                is_file=self.spec.title is not None,
+            )
             self._layers.nursery.start_soon(self._run, self._pass)
         return self._pass
 
-    async def _run(self, running: "_Pass") -> None:
+    async def _run(self, running: Pass) -> None:
         """One pass; its outcome goes to whoever waits for it, and only Cancelled leaves here."""
         try:
-            async with self._layers.passes_of(self.source), self._layers.all_passes:
-                await (self._stream(running) if running.known else self._make_index(running))
+            async with self._layers.passes.place(self.source):
+                await (self._fetch_again(running) if running.known else self._make_index(running))
         except FsmountError as error:
             running.error = error
         except Exception as error:
@@ -313,7 +313,15 @@ class Layer:
             running.done = True
             running.step()
 
-    async def _make_index(self, running: "_Pass") -> None:
+    async def _fetch_again(self, running: Pass) -> None:
+        """For chunks that were evicted: each is checked as it comes."""
+        try:
+            await running.stream(self.source, None)
+        except Corrupt:
+            self.source.distrust(self.spec.descriptor)
+            raise
+
+    async def _make_index(self, running: Pass) -> None:
         with disk_errors(self._layers.folder.layers):
             handle, name = tempfile.mkstemp(prefix=".partial-", dir=self._layers.folder.layers)
             os.close(handle)
@@ -323,7 +331,9 @@ class Layer:
         running.keep = Keep(None, builder)
         finished = None
         try:
-            inflate = await self._stream(running)
+            title = self.spec.title
+            scanner = TarScanner() if title is None else OneFile(title)
+            inflate = await running.stream(self.source, scanner)
             try:
                 diff_id = running.keep.finish()
             except Invalid as error:
@@ -337,7 +347,7 @@ class Layer:
                 "compression": str(inflate.compression),
                 "blob_size": self.spec.descriptor.size,
             }
-            finished = await self._in_thread(self._publish, builder, running.keep, facts)
+            finished = await self._layers.passes.in_thread(self._publish, builder, running.keep, facts)
         except Corrupt as error:
             self._condemn(error)
             raise
@@ -366,125 +376,6 @@ class Layer:
         self._condemned = None if others else (trio.current_time() + _CONDEMNED_SECONDS, error)
         self._layers.renumber(self, error)
 
-    async def _stream(self, running: "_Pass") -> Inflate:
-        """Network, inflating and storing side by side, each stage one block or chunk ahead of the next."""
-        descriptor = self.spec.descriptor
-        limit = self._layers.max_layer_size or 64 * descriptor.size + 2**30
-        title = self.spec.title
-        scanner = None if running.known else TarScanner() if title is None else OneFile(title)
-        inflate = Inflate(descriptor.digest, scanner, is_file=title is not None, max_output=limit)
-        send_blocks, blocks = trio.open_memory_channel[bytes](1)
-        send_portions, portions = trio.open_memory_channel[Portion](1)
-        with single_error(FsmountError):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._collect, send_blocks)
-                nursery.start_soon(self._inflate, inflate, blocks, send_portions)
-                async with portions:
-                    async for portion in portions:
-                        await self._keep(running, portion)
-                        inflate.reuse(portion)
-        await self._keep(running, await self._in_thread(inflate.finish))
-        return inflate
-
-    async def _collect(self, blocks: trio.MemorySendChannel[bytes]) -> None:
-        """Joins the network's pieces to blocks; sends at least one, maybe empty."""
-        async with blocks, self.source.blob(self.spec.descriptor) as pieces:
-            block = bytearray()
-            self.received = 0
-            async for piece in pieces:
-                block += piece
-                self.received += len(piece)
-                if len(block) >= _BLOCK_SIZE:
-                    await blocks.send(bytes(block))
-                    block.clear()
-            await blocks.send(bytes(block))
-
-    async def _inflate(
-        self,
-        inflate: Inflate,
-        blocks: trio.MemoryReceiveChannel[bytes],
-        portions: trio.MemorySendChannel[Portion],
-    ) -> None:
-        async with blocks, portions:
-            async for block in blocks:
-                await self._in_thread(inflate.push, block)
-                while (portion := await self._in_thread(inflate.next_portion)) is not None:
-                    await portions.send(portion)
-
-    async def _keep(self, running: "_Pass", portion: Portion) -> None:
-        number = running.kept
-        key = self._chunk_key(number)
-        stored = await self._in_thread(self._store, running.keep, key, portion)
-        if portion.data:
-            # A cache of less than a few chunks may have evicted it as soon as it was stored.
-            if number in running.wanted and not (stored and await self._open_stored(running, number)):
-                self._layers.chunks.hold(key, portion.data)
-            running.kept += 1
-        running.step()
-
-    async def _open_stored(self, running: "_Pass", number: int) -> bool:
-        """Makes a chunk hot that the pass has stored; False if it is no longer there."""
-        sha256 = running.keep.chunks[number].sha256
-        return await self._layers.chunks.open(self._chunk_key(number), sha256) is not None
-
-    def _store(self, keep: Keep, key: str, portion: Portion) -> bool:
-        with disk_errors(self._layers.folder.layers):
-            keep.add(portion)
-        try:
-            if portion.data:
-                self._layers.chunks.put(key, portion.data)
-        except NoSpace as error:
-            self._layers.warn_full(error)
-            return False
-        return True
-
-    async def _in_thread(self, function: Callable[[Unpack[_Args]], _Result], *args: *_Args) -> _Result:
-        return await trio.to_thread.run_sync(function, *args, limiter=self._layers.threads)
-
-
-class _Pass:
-    """The state of one pass over a blob, for those who wait for it."""
-
-    def __init__(self, known: LayerIndex | None) -> None:
-        """known: the complete index, if there is one."""
-        self.known = known
-        self.keep = Keep(known, None)
-        #: Chunks that can be read by now; the pass goes through them in order.
-        self.kept = 0
-        self.done = False
-        self.error: FsmountError | None = None
-        #: Chunks somebody waits for, which must be readable even if the disk is full.
-        self.wanted: set[int] = set()
-        self._lot = trio.lowlevel.ParkingLot()
-
-    def step(self) -> None:
-        """Wakes everyone who waits: something more is known."""
-        self._lot.unpark_all()
-
-    async def wait_step(self) -> None:
-        """Returns when more is known, or the pass is done. Raises: the error of the pass."""
-        if not self.done:
-            await self._lot.park()
-        self._raise()
-
-    async def wait_kept(self, number: int) -> None:
-        """Returns when the chunk can be read. Raises: the error of the pass."""
-        while self.kept <= number and not self.done:
-            await self._lot.park()
-        if self.kept <= number:
-            self._raise()
-            raise Corrupt(f"the layer ends before its chunk {number}")
-
-    async def wait_done(self) -> None:
-        """Returns at the end of the pass. Raises: the error of the pass."""
-        while not self.done:
-            await self._lot.park()
-        self._raise()
-
-    def _raise(self) -> None:
-        if self.error is not None:
-            raise self.error
-
 
 class Layers:
     """The layers in use, each once, and what they share. One per process; passes run in `nursery`."""
@@ -502,19 +393,10 @@ class Layers:
         self.chunks = chunks
         self.numbers = numbers
         self.nursery = nursery
-        self.max_layer_size = max_layer_size
-        self.all_passes = trio.CapacityLimiter(_ALL_PASSES)
-        self._passes: dict[str, trio.CapacityLimiter] = {}
-        # Two stages per pass; more threads than cores only so that none waits for a slow disk.
-        self.threads = trio.CapacityLimiter(4)
+        self.passes = Passes(chunks, folder.layers, max_layer_size=max_layer_size)
         self._layers: dict[str, Layer] = {}
         self._by_number: dict[int, Layer] = {}
         self._retired: dict[int, Corrupt] = {}
-        self._warned_full = False
-
-    def passes_of(self, source: Source) -> trio.CapacityLimiter:
-        """Bounds the passes over blobs of one source: a slow registry holds up no other."""
-        return self._passes.setdefault(source.name, trio.CapacityLimiter(_PASSES))
 
     def get(self, spec: LayerSpec, source: Source) -> Layer:
         """The layer, with source as the place to fetch it from. Raises: Corrupt (it is known to break its diff ID)."""
@@ -552,8 +434,3 @@ class Layers:
             log.warning("%s; it is made again", error.message)
             path.unlink(missing_ok=True)
             return None
-
-    def warn_full(self, error: NoSpace) -> None:
-        if not self._warned_full:
-            self._warned_full = True
-            log.error("%s: serving without caching", error.message)

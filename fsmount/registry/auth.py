@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import httpx
 import trio
 
-from fsmount.errors import AccessDenied, RateLimited, Unreachable
+from fsmount.errors import AccessDenied, RateLimited, Refused, Unreachable
 from fsmount.registry.challenge import BasicChallenge, BearerChallenge, Challenge
 from fsmount.registry.credential import Credential, IdentityToken, Password, RegistryToken
 from fsmount.registry.credentials import Credentials
@@ -140,6 +140,11 @@ class Authenticator:
                 or await self._credentials.find(self._domain, access.repository, fresh=True) == credential
             ):
                 raise
+        except (Unreachable, Refused):
+            # The registry may name another token server by now: the next request asks it.
+            if self._challenge == challenge:
+                self._challenge = None
+            raise
         return await self._answer(access)
 
     def _check_refusal(self, key: _Key) -> None:
@@ -253,7 +258,7 @@ def _who(credential: Credential | None) -> str:
 
 
 def _remedy(domain: str) -> str:
-    return f"Check that it exists, and that you may read it: docker login {domain}"
+    return f"Check that it exists, and that you may read it: fsmount login {domain}"
 
 
 def _basic(credential: Password) -> str:

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import trio
 
-from fsmount.errors import Corrupt, FsmountError, Unreachable
+from fsmount.errors import Corrupt, DeadlineExpired, FsmountError, Unreachable
 from fsmount.oci.manifest import Descriptor
 from fsmount.registry.retry import Retry
-from fsmount.registry.wire import Answer
+from fsmount.registry.wire import LEAST_BYTES_A_SECOND, Answer
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 
@@ -48,8 +48,11 @@ class Body(AsyncIterator[bytes]):
         self._position = start
         self._until = start
         self._ranges = True
-        #: Requests in a row that brought nothing.
+        #: Requests in a row that brought nothing, or no more than drops.
         self._failures = 0
+        #: Of the present one: where it began, and how long its body was waited for.
+        self._begun = start
+        self._waited = 0.0
 
     async def open(self) -> None:
         """Ask for the blob. Nothing is asked for where there is nothing left to read."""
@@ -58,7 +61,7 @@ class Body(AsyncIterator[bytes]):
         ranged = self._ranges and (self.offset > 0 or self.stop < self._size)
         answer = await self._send({"Range": f"bytes={self.offset}-{self.stop - 1}"} if ranged else {})
         if answer.status == 400 and ranged:
-            # Some registries refuse ranges outright (registry.md §1.9).
+            # Some registries refuse ranges outright.
             self._ranges = False
             await answer.settle()
             answer = await self._send({})
@@ -73,6 +76,7 @@ class Body(AsyncIterator[bytes]):
         if self._is_part and self._position == 0 and self._until == self._size:
             self.offset, self.stop = 0, self._size
         self._is_part = False
+        self._begun, self._waited = self.offset, 0.0
 
     async def __anext__(self) -> bytes:
         while True:
@@ -83,7 +87,7 @@ class Body(AsyncIterator[bytes]):
                 await self.open()
             assert self._answer is not None
             try:
-                piece = self._take(await anext(self._answer))
+                piece = self._take(await self._next(self._answer))
             except StopAsyncIteration:
                 await self.aclose()
                 if self._position < self._until:
@@ -95,6 +99,13 @@ class Body(AsyncIterator[bytes]):
             else:
                 if piece:
                     return piece
+
+    async def _next(self, answer: Answer) -> bytes:
+        began = trio.current_time()
+        try:
+            return await anext(answer)
+        finally:
+            self._waited += trio.current_time() - began
 
     async def aclose(self) -> None:
         answer, self._answer = self._answer, None
@@ -139,13 +150,16 @@ class Body(AsyncIterator[bytes]):
             piece[known : known + self.stop - self.offset] if known or self._position > self.stop else piece
         )
         self.offset += len(piece)
-        if piece:
-            self._failures = 0
         return piece
 
     async def _pause(self, error: FsmountError) -> None:
-        """Wait before asking again. Raises: error, if that was tried often enough without any progress."""
-        self._failures += 1
+        """Wait before asking again. Raises: error, if that was tried often enough without any progress.
+
+        A server that drips makes none: it would go on for ever.
+        """
+        brought = self.offset - self._begun
+        least = self._waited * LEAST_BYTES_A_SECOND if isinstance(error, DeadlineExpired) else 1
+        self._failures = 1 if brought >= max(1, least) else self._failures + 1
         if self._failures >= self._retry.tries:
             raise error
         await trio.sleep(self._retry.pause_seconds(self._failures))

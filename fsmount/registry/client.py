@@ -1,20 +1,21 @@
 """Repository: a Source that is one repository, at the server that is its origin and at those that mirror it."""
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
-from fsmount.errors import FsmountError, Invalid, NotFound, Unreachable, UsageError
+from fsmount.errors import Corrupt, FsmountError, Invalid, NotFound, Unreachable, UsageError
 from fsmount.oci.digest import Digest
-from fsmount.oci.manifest import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Descriptor, essence
+from fsmount.oci.manifest import Descriptor, essence
 from fsmount.oci.reference import Reference, is_tag
 from fsmount.oci.shape import Shape
 from fsmount.registry.body import Body
 from fsmount.registry.endpoint import Capability, Endpoint
 from fsmount.registry.referrers import list_referrers
-from fsmount.registry.remote import Remote
+from fsmount.registry.remote import ANY_MANIFEST, Remote
 from fsmount.registry.source import Bytes, check, read_small
 from fsmount.registry.urls import follow
 from fsmount.registry.wire import Answer
@@ -23,13 +24,12 @@ _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# One header, and on HEAD too: docker-registry 2.8 says "not found" where a type is not accepted. Indexes must
-# be, or a registry may answer with one image of an index, and a digest that is not the tag's.
-_ACCEPT = {"Accept": ", ".join((OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST))}
 _PAGE = 1000
 # A registry without pages sends all tags at once: 16 MiB is 120,000 of the longest.
 _LARGEST_PAGE = 16 * 1024 * 1024
 _MOST_PAGES = 1000
+#: For a mirror to answer about a manifest: of the ten that a mount allows for names, the origin needs some too.
+_MIRROR_SECONDS = 4.0
 
 
 class _Distrusted(NamedTuple):
@@ -79,7 +79,8 @@ class Repository:
 
         async def ask(remote: Remote, headers: Mapping[str, str]) -> Answer:
             answer = await remote.send("GET", f"blobs/{digest}", what, headers=headers, signed=True)
-            if answer.status not in (200, 206, 400, 416):
+            # What a refused range means is for Body to tell.
+            if answer.status not in ((200, 206, 400, 416) if "Range" in headers else (200, 206)):
                 raise await answer.error(what)
             self._served[digest] = remote
             return answer
@@ -89,11 +90,24 @@ class Repository:
 
         retry = (await self._remotes())[0].server.retry
         async with aclosing(Body(send, descriptor, start, stop, what, retry)) as body:
-            await body.open()
+            while True:
+                try:
+                    await body.open()
+                    break
+                except Corrupt:
+                    if not self.distrust(descriptor):
+                        raise
             yield body
 
     async def small_blob(self, descriptor: Descriptor) -> bytes:
-        return await read_small(self, descriptor)
+        while True:
+            try:
+                return await read_small(self, descriptor)
+            except Invalid:
+                raise
+            except Corrupt:
+                if not self.distrust(descriptor):
+                    raise
 
     def distrust(self, descriptor: Descriptor) -> bool:
         remote = self._served.pop(descriptor.digest, None)
@@ -117,7 +131,10 @@ class Repository:
         *,
         digest: Digest | None = None,
     ) -> _Result:
-        """The answer of the first server that has one. Raises: what the origin, else the last, raised."""
+        """The answer of the first server that has one; digest is that of a blob.
+
+        Raises: what the origin, else the last, raised.
+        """
         remotes = [
             remote
             for remote in await self._remotes()
@@ -128,8 +145,10 @@ class Repository:
         failure: FsmountError | None = None
         origins_failure: FsmountError | None = None
         for remote in remotes:
+            is_patient = digest is not None or remote.endpoint.is_origin
             try:
-                return await ask(remote)
+                with remote.server.deadline(math.inf if is_patient else _MIRROR_SECONDS):
+                    return await ask(remote)
             except FsmountError as error:
                 if remote.endpoint.is_origin:
                     if not error.transient:
@@ -169,7 +188,7 @@ class Repository:
     ) -> Answer:
         limit = remote.server.limits.manifest_bytes
         return await remote.send(
-            method, f"manifests/{version}", what, headers={**_ACCEPT, **headers}, limit=limit
+            method, f"manifests/{version}", what, headers={**ANY_MANIFEST, **headers}, limit=limit
         )
 
     async def _document(self, remote: Remote, version: str, digest: Digest | None, what: str) -> Answer:

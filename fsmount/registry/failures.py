@@ -60,7 +60,7 @@ def from_status(status: int, body: bytes, *, what: str, host: str) -> FsmountErr
     if status in (401, 403):
         return AccessDenied(
             f"no access to {what}: {said}",
-            remedy=f"Check that it exists, and that your credentials may read it: docker login {host}",
+            remedy=f"Check that it exists, and that your credentials may read it: fsmount login {host}",
         )
     if status == 429:
         return RateLimited(f"{what} cannot be fetched now: {said}")
@@ -101,7 +101,7 @@ def _sentence(kind: type[Exception]) -> tuple[type[Unreachable], str]:
 
 
 def _reason(error: Exception) -> tuple[str, str | None]:
-    """What the system or the TLS library said; on trio it is only in the causes (registry.md §9)."""
+    """What the system or the TLS library said; on trio it is only in the causes."""
     for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             remedy = "Add the authority's certificate to the system's store (update-ca-certificates)."

@@ -14,7 +14,7 @@ import trio
 from fsmount.errors import Corrupt, Invalid, Unreachable
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import OCI_INDEX, Descriptor, Index, essence, parse_manifest
-from fsmount.registry.remote import Remote
+from fsmount.registry.remote import ANY_MANIFEST, Remote
 from fsmount.registry.source import check
 from fsmount.registry.urls import follow
 from fsmount.registry.wire import Answer
@@ -166,7 +166,7 @@ class Referrers:
                 "mediaType": OCI_INDEX,
                 "manifests": [*entries, _described(artifact)],
             }
-            data = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
+            data = json.dumps(index, separators=(",", ":")).encode()
             answer = await self._put(tag, data, OCI_INDEX, what)
             await answer.settle()
         entries = await self._tagged(tag, what)
@@ -179,7 +179,8 @@ class Referrers:
             "GET",
             f"manifests/{tag}",
             what,
-            headers=_INDEX_HEADERS,
+            # An image under the tag would be "not found" if it were not accepted, and be overwritten.
+            headers=ANY_MANIFEST,
             limit=self._remote.server.limits.manifest_bytes,
         )
         if answer.status == 404:

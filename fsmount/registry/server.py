@@ -1,13 +1,14 @@
 """Server: one endpoint's address, with TLS or without, and requests with their tokens, redirects and retries."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import httpx
 import trio
 
-from fsmount.errors import FsmountError, Refused, Unreachable
+from fsmount.errors import DeadlineExpired, FsmountError, Refused, Unreachable
 from fsmount.registry.auth import Access, Authenticator
 from fsmount.registry.challenge import Challenge, parse_challenges
 from fsmount.registry.credentials import Credentials
@@ -69,13 +70,15 @@ class Server:
         content: bytes | None = None,
         signed: bool = False,
         stay: bool = False,
+        again: bool = True,
     ) -> Answer:
         """The answer to a request for a path below the server's base, or for the absolute URL of a further page.
 
         Authentication, redirects and retries are done with; the status is for the caller to judge, but it
         is none that another try might cure. what names the thing for messages. With a limit, the body of
         a good answer is loaded too: in one piece, or again. signed: where the path redirects to is asked
-        directly from then on, as long as that address is good. stay: a redirect is the answer.
+        directly from then on, as long as that address is good. stay: a redirect is the answer. again:
+        whether what another try might cure is tried again.
 
         Ownership: the caller closes the answer, or takes its `error`; one that is loaded is closed.
         Raises: AccessDenied (no token), Unreachable and its kinds, Refused (a redirect), UsageError (the
@@ -98,22 +101,36 @@ class Server:
             return answer
 
         try:
-            answer = await self.retry.run(attempt)
+            answer = await (self.retry if again else replace(self.retry, tries=1)).run(attempt)
         except FsmountError as error:
             if error.transient:
                 self.health.note_failure()
             raise
         self.health.note_success()
+        answer.when_broken(self.health.note_failure)
         return answer
 
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Bounds what is asked of the server within. Raises: DeadlineExpired, which counts as its failure."""
+        try:
+            with trio.fail_after(seconds):
+                yield
+        except trio.TooSlowError:
+            self.health.note_failure()
+            raise DeadlineExpired(f"{self.domain} has not answered within {seconds:g} s") from None
+
     async def probe(self) -> None:
-        """Finds out whether the server answers again, whatever it answers."""
+        """Finds out whether the server answers again, whatever it answers but errors of its own."""
         try:
             answer = await self._directly("GET", "", {}, None)
         except (Again, FsmountError):
             self.health.note_failure()
+            return
+        await answer.settle()
+        if answer.status in RETRYABLE_STATUSES:
+            self.health.note_failure()
         else:
-            await answer.settle()
             self.health.note_success()
 
     async def _held(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -141,10 +158,11 @@ class Server:
         """The server's answer, or that of the place to which it redirects."""
         elsewhere = self._signed.find(path, trio.current_time()) if signed else None
         if elsewhere is not None:
-            answer = await self._wire.send(method, elsewhere, _for_others(headers), tls=self._others_tls)
-            if answer.status not in REFUSALS:
-                return answer
-            await answer.settle()
+            with suppress(Again, Unreachable):
+                answer = await self._wire.send(method, elsewhere, _for_others(headers), tls=self._others_tls)
+                if answer.status not in REFUSALS:
+                    return answer
+                await answer.settle()
             self._signed.drop(path)
         answer, sent = await self._authorized(method, path, headers, access, content)
         return answer if stay else await self._redirected(answer, method, path, sent, signed)
@@ -271,7 +289,9 @@ class Health:
         return True
 
     def note_failure(self) -> None:
-        """It did not answer, or only with errors of its own."""
+        """It did not answer, or only with errors of its own, or its body broke off."""
+        if trio.current_time() < self._rests_until:
+            return  # a hundred requests that fail together are one failure
         rest = min(_REST_SECONDS * 2.0**self._failures, _LONGEST_REST_SECONDS)
         self._failures = min(self._failures + 1, 30)
         self._rests_until = trio.current_time() + rest

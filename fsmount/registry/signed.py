@@ -15,7 +15,7 @@ _MARGIN_SECONDS = 60.0
 _LONGEST_SECONDS = 3600.0
 
 #: What stores answer when an address has expired, or its object moved.
-REFUSALS = frozenset({400, 401, 403, 404, 410})
+REFUSALS = frozenset({301, 302, 303, 307, 308, 400, 401, 403, 404, 410})
 
 
 class SignedUrls:

@@ -12,7 +12,7 @@ from fsmount.oci.manifest import Descriptor
 #: What image-spec and distribution-spec let every client refuse to exceed.
 LARGEST_MANIFEST = 4 * 1024 * 1024
 
-# Signatures, attestations and referrers are kept under tags of this form (registry.md §1.6).
+# Signatures, attestations and referrers are kept under tags of this form.
 _HOUSEKEEPING = re.compile(r"sha256-[0-9a-f]{64}(\.[a-z]+)?")
 
 

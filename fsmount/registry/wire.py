@@ -17,9 +17,9 @@ from fsmount.registry.transport import Timeouts, Transports
 from fsmount.registry.urls import shown
 
 #: A body slower than this is no body; it has `Timeouts.body_seconds` to begin with.
-_LEAST_BYTES_A_SECOND = 1024
+LEAST_BYTES_A_SECOND = 1024
 _CLOSE_SECONDS = 5.0
-# A body would be useless compressed: offsets and digests are of the content (registry.md §1.9).
+# A body would be useless compressed: offsets and digests are of the content.
 _SYSTEM = Tls()
 _HEADERS = {"User-Agent": f"fsmount/{__version__}", "Accept-Encoding": "identity"}
 
@@ -53,6 +53,7 @@ class Answer:
         self._until = trio.current_time() + timeouts.body_seconds
         self._error_bytes = limits.error_bytes
         self._on_close: Callable[[], None] | None = None
+        self._on_break: Callable[[], None] = lambda: None
         #: What `load` or `settle` took.
         self.body = b""
 
@@ -72,9 +73,13 @@ class Answer:
 
     async def __anext__(self) -> bytes:
         deadline = min(trio.current_time() + self._stall_seconds, self._until)
-        with failures.map_exceptions(self.url), trio.fail_at(deadline):
-            piece = await anext(self._pieces)
-        self._until += len(piece) / _LEAST_BYTES_A_SECOND
+        try:
+            with failures.map_exceptions(self.url), trio.fail_at(deadline):
+                piece = await anext(self._pieces)
+        except Unreachable:
+            self._on_break()
+            raise
+        self._until += len(piece) / LEAST_BYTES_A_SECOND
         return piece
 
     async def read(self, limit: int) -> bytes:
@@ -111,6 +116,10 @@ class Answer:
     def when_closed(self, function: Callable[[], None]) -> None:
         """Calls function once, when the answer is closed."""
         self._on_close = function
+
+    def when_broken(self, function: Callable[[], None]) -> None:
+        """Calls function when the body breaks off, or falls silent."""
+        self._on_break = function
 
     async def aclose(self) -> None:
         """Release the connection; it is kept if the body was read to its end."""
@@ -153,7 +162,7 @@ class Wire:
         Raises: Again, with Unreachable or its kinds, whose reason is among its `causes`; Unreachable itself
             if trying again is of no use; UsageError (a file of tls).
         """
-        transport = self._transports.find(url, tls)
+        transport = await self._transports.find(url, tls)
         connect_seconds = connect_seconds or self._timeouts.connect_seconds
         timeout = {"connect": connect_seconds, "write": self._timeouts.stall_seconds}
         request = httpx.Request(

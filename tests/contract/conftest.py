@@ -152,7 +152,7 @@ def _redirecting(images: Path, work: Path, stack: ExitStack) -> Address:
 
 
 def _cold_mirror(images: Path, work: Path, stack: ExitStack) -> Address:
-    """It answers a range of what it does not hold with the whole (registry.md §4.5)."""
+    """It answers a range of what it does not hold with the whole."""
     mirror = _mirror(images, work, stack)
 
     def forget() -> None:
@@ -266,7 +266,7 @@ def address(kind: str, images: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextmanager
 def _token_server(work: Path) -> Iterator[peers.TokenServer]:
-    """registry.md §8: ES256 tokens whose header carries the self-signed certificate that the registry trusts."""
+    """ES256 tokens whose header carries the self-signed certificate that the registry trusts."""
     key = ec.generate_private_key(ec.SECP256R1())
     der, pem = _certificate(key)
     path = work / "tokens.pem"

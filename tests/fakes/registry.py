@@ -18,6 +18,8 @@ import trio
 
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
+from fsmount.registry.credential import Credential
+from fsmount.registry.credentials import Credentials
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -115,6 +117,8 @@ class FakeRegistry:
     keeps_referrers: bool = False
     filters_referrers: bool = True
     referrers_page: int = 1000
+    #: Whether a manifest of a type that is not accepted is not found.
+    is_strict: bool = False
     #: What stands before the path of an upload; a location may be relative or not, and is opaque.
     uploads: str = ""
     _script: list[tuple[str, re.Pattern[str], Step]] = field(default_factory=list)
@@ -178,7 +182,13 @@ class FakeRegistry:
         kind, name = match[2], match[3]
         if kind == "tags":
             return Reply(body=json.dumps({"name": match[1], "tags": list(self.tags)}).encode())
-        return self._manifest(name) if kind == "manifests" else self._blob(name, request)
+        if kind == "blobs":
+            return self._blob(name, request)
+        reply = self._manifest(name)
+        accepted = request.headers.get("accept", "")
+        # As docker-registry 2.8 has it.
+        refused = self.is_strict and reply.headers.get("Content-Type", "") not in accepted
+        return error(404, "MANIFEST_UNKNOWN", "accept header does not support it") if refused else reply
 
     def _push(self, request: Request) -> Reply | None:
         """What is answered to POST and PUT."""
@@ -280,6 +290,17 @@ class TokenServer:
         return Reply(body=json.dumps({"token": token, **self.extra}).encode())
 
 
+class Fixed(Credentials):
+    """Has one for everybody, or none, and looks for none: while a thread does, an autojump clock runs on."""
+
+    def __init__(self, credential: Credential | None = None) -> None:
+        self._credential = credential
+
+    async def find(self, domain: str, repository: str, *, fresh: bool = False) -> Credential | None:
+        await trio.lowlevel.checkpoint()
+        return self._credential
+
+
 def basic(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
@@ -340,7 +361,8 @@ class _Stream(httpx.AsyncByteStream):
             raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
 
     async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
+        with trio.CancelScope(shield=True):  # as httpcore does
+            await trio.lowlevel.checkpoint()
         self._network.open_bodies -= not self._closed
         self._closed = True
 

@@ -233,7 +233,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 KiB, so that small layers have many; and what a layer shows is seen at once."""
     monkeypatch.setattr("fsmount.ingest.CHUNK_SIZE", CHUNK)
     monkeypatch.setattr("fsmount.layer.CHUNK_SIZE", CHUNK)
-    monkeypatch.setattr("fsmount.layer._BLOCK_SIZE", 1024)
+    monkeypatch.setattr("fsmount.passes._BLOCK_SIZE", 1024)
     monkeypatch.setattr(codecs, "PIECE_SIZE", 1024)
     monkeypatch.setattr("fsmount.index._PENDING_SECONDS", 0)
 

@@ -473,12 +473,12 @@ async def test_chunks_left_by_a_process_that_was_killed_are_not_believed(
         for number in range(7):
             layers.chunks.put(f"{key}/{number}", b"x" * CHUNK)
     # Nor if they cannot be replaced.
-    monkeypatch.setattr("fsmount.layer.Layer._store", _only_indexed)
+    monkeypatch.setattr("fsmount.passes.Passes.store", _only_indexed)
     async with open_layers(tmp_path) as layers:
         assert await layers.get(LayerSpec(blob), source).read_stream(0, len(TAR)) == TAR
 
 
-def _only_indexed(self: Layer, keep: object, key: str, portion: object) -> bool:
+def _only_indexed(self: object, keep: object, key: str, portion: object) -> bool:
     keep.add(portion)  # type: ignore[attr-defined]
     return False
 
@@ -533,7 +533,7 @@ async def test_a_reader_that_is_cancelled_leaves_at_once_and_the_others_get_thei
         source.silent = Gate()
     if place == "it has gone by":
         # Not asked for when it came, and not stored.
-        monkeypatch.setattr("fsmount.layer.Layer._store", _only_indexed)
+        monkeypatch.setattr("fsmount.passes.Passes.store", _only_indexed)
         offset = 0
     scope, got = trio.CancelScope(), []
 

@@ -1,4 +1,4 @@
-"""registry.md §2: Basic, Bearer, tokens and what is never told to whom."""
+"""Basic, Bearer, tokens and what is never told to whom."""
 
 import base64
 import json

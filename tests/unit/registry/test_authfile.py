@@ -1,4 +1,4 @@
-"""registry.md §3.1, §3.4: files of docker's and containers' form, read and written."""
+"""Files of docker's and containers' form, read and written."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""registry.md §1.9 and §1.11: blobs, ranges, and bodies that break off."""
+"""Blobs, ranges, and bodies that break off."""
 
 from dataclasses import replace
 

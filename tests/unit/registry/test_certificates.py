@@ -1,4 +1,4 @@
-"""registry.md §4.1: what a folder of certs.d holds."""
+"""What a folder of certs.d holds."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""registry.md §2.1: WWW-Authenticate."""
+"""WWW-Authenticate."""
 
 import pytest
 from hypothesis import given

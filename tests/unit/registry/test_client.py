@@ -1,4 +1,4 @@
-"""registry.md §1: what a repository asks of a registry, and what it makes of the answers."""
+"""What a repository asks of a registry, and what it makes of the answers."""
 
 import json
 from dataclasses import replace

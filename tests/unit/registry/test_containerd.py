@@ -1,4 +1,4 @@
-"""registry.md §4.2: containerd's hosts.toml."""
+"""Containerd's hosts.toml."""
 
 import logging
 import tomllib

@@ -1,4 +1,4 @@
-"""registry.md §4.3: registries.conf, version 2; skopeo is asked about the same in tests/integration."""
+"""Registries.conf, version 2; skopeo is asked about the same in tests/integration."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""registry.md §3.5: which of all the places that may have credentials is believed."""
+"""Which of all the places that may have credentials is believed."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""registry.md §4.4: docker's daemon.json."""
+"""Docker's daemon.json."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""registry.md §3.2: the docker-credential-* protocol."""
+"""The docker-credential-* protocol."""
 
 import logging
 import os

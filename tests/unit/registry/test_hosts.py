@@ -1,4 +1,4 @@
-"""registry.md §4: which file decides whom to ask, and how the servers that none describes are spoken to."""
+"""Which file decides whom to ask, and how the servers that none describes are spoken to."""
 
 import logging
 import os

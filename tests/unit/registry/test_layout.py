@@ -1,4 +1,4 @@
-"""registry.md §5.2: OCI image layout folders, as different tools write them."""
+"""OCI image layout folders, as different tools write them."""
 
 import json
 import os

@@ -1,6 +1,7 @@
-"""registry.md §4.2–4.5: a registry behind its mirrors: who is asked for what, who is believed, who is left alone."""
+"""A registry behind its mirrors: who is asked for what, who is believed, who is left alone."""
 
 import base64
+import gzip
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -227,7 +228,7 @@ BODY_FAULTS: dict[str, Step] = {
     "a body that breaks off": cut(0),
     "a body that breaks off later": cut(3),
     "a body that falls silent": stall(0),
-    "compression": lambda reply: reply.with_headers(Content_Encoding="gzip"),
+    "compression": lambda reply: Reply(200, {"Content-Encoding": "gzip"}, gzip.compress(reply.body)),
     "another thing": lambda reply: replace(reply, body=reply.body[::-1]),
     "another length": lambda reply: replace(reply, body=reply.body[:-1]),
     "something longer": lambda reply: replace(reply, body=reply.body + b"\n"),
@@ -255,15 +256,13 @@ async def test_what_goes_wrong_at_a_mirror_goes_well_at_the_next(
 ) -> None:
     path, ask = OPERATIONS[operation]
     step = (FAULTS | BODY_FAULTS)[fault]
-    if fault == "compression" and operation == "manifest":
-        step = lambda reply: replace(reply, body=b"\x1f\x8b")  # noqa: E731
     for mirror in (world.one, world.two):
         mirror.then("GET", path, *[step] * 9)
         mirror.then("HEAD", path, *[step] * 9)
     async with world.source() as source:
         result = await ask(source, world)
-    wanted: dict[str, object] = {"blob": DATA, "range": DATA[100:]}
-    assert result == wanted.get(operation, result)
+    if path == "blobs" and operation != "small blob":
+        assert result == (DATA[100:] if operation == "range" else DATA)
     # Where HEAD does not tell, GET is asked; where a range is refused, the whole.
     order = world.wanted
     if operation == "resolve" and fault in UNEXPLAINED:
@@ -368,6 +367,19 @@ async def test_what_the_origin_does_not_have_is_not_asked_of_a_mirror_that_rests
             with pytest.raises(NotFound):
                 await source.resolve("v1")
     assert world.order == [ONE, TWO, HOST, TWO, HOST]
+
+
+async def test_what_a_mirror_that_rests_does_not_have_is_as_unknown_as_if_it_had_not_been_asked(
+    world: Mirrored, autojump_clock: MockClock
+) -> None:
+    world.write(f'[host."https://{ONE}"]')
+    async with world.source() as source:
+        await fail_once(world, source)
+        world.one.tags.clear()
+        world.origin.then("HEAD", "", *[Reply(503)] * 3)
+        with pytest.raises(Unreachable, match=HOST):
+            await source.resolve("v1")
+    assert world.order == [HOST, HOST, HOST, ONE]
 
 
 async def test_tags_and_referrers_are_asked_of_the_origin_alone(world: Mirrored) -> None:

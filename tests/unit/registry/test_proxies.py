@@ -1,4 +1,4 @@
-"""registry.md §4.6: which proxy a URL goes through, by the rules of golang.org/x/net/http/httpproxy."""
+"""Which proxy a URL goes through, by the rules of golang.org/x/net/http/httpproxy."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""registry.md §1.7 and §1.8: what refers to a manifest, by the API or under a tag, and how that is pushed."""
+"""What refers to a manifest, by the API or under a tag, and how that is pushed."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Mapping

@@ -1,4 +1,4 @@
-"""registry.md §1.11: when to ask again, and after how long."""
+"""When to ask again, and after how long."""
 
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime

@@ -1,4 +1,4 @@
-"""registry.md §1.9: blobs that a registry keeps elsewhere, under addresses that are secrets and expire."""
+"""Blobs that a registry keeps elsewhere, under addresses that are secrets and expire."""
 
 import base64
 import json
@@ -311,6 +311,18 @@ async def test_only_blobs_are_asked_for_at_a_known_address(store: Store) -> None
         for _ in range(2):
             await source.manifest(store.digest)
     assert len(store.registry.requests) == 2
+
+
+async def test_an_address_is_for_reading_alone(store: Store) -> None:
+    """Whether a blob is there the registry knows; what was signed for GET is refused for HEAD."""
+    async with store.sources() as sources:
+        reference = Reference(HOST, "team/web")
+        await read(sources.open(reference))
+        (remote,) = await sources.remotes(reference)
+        answer = await remote.send("HEAD", f"blobs/{descriptor_of(DATA).digest}", "the blob", stay=True)
+        await answer.aclose()
+    assert store.asked == (1, 1)
+    assert len(store.registry.seen("HEAD", "/blobs/")) == 1
 
 
 # -------------------- an address that is refused

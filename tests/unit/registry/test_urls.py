@@ -1,4 +1,4 @@
-"""registry.md §1.9 and reliability.md "Credentials": where a registry may send us."""
+"""Where a registry may send us, and where not."""
 
 import httpx
 import pytest

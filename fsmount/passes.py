@@ -1,0 +1,195 @@
+"""Passes: a layer's blob streamed once from its source to chunks and members, while its readers wait and follow."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple, Unpack
+
+import trio
+
+from fsmount.archive.scan import TarScanner
+from fsmount.cache.chunks import ChunkStore
+from fsmount.cache.folder import disk_errors
+from fsmount.errors import Corrupt, FsmountError, NoSpace
+from fsmount.index import LayerIndex
+from fsmount.ingest import Inflate, Keep, OneFile, Portion
+from fsmount.oci.manifest import Descriptor
+from fsmount.registry.source import Source
+from fsmount.singleflight import single_error
+
+log = logging.getLogger(__name__)
+
+_Args = TypeVarTuple("_Args")
+_Result = TypeVar("_Result")
+
+#: Compressed bytes handed to a worker thread at once: enough that the 0.15 ms of a thread call do not count.
+_BLOCK_SIZE = 1024 * 1024
+#: Passes at once over blobs of one source, and of all: each holds up to about 16 MiB, while the network stalls less.
+_OF_ONE_SOURCE = 4
+_OF_ALL_SOURCES = 32
+
+
+class Passes:
+    """What all passes of a process share: where chunks go, the threads, and how many there may be."""
+
+    def __init__(self, chunks: ChunkStore, folder: Path, *, max_layer_size: int | None = None) -> None:
+        """folder: where the indexes of layers are being written. max_layer_size: inflated, in bytes."""
+        self.chunks = chunks
+        self.folder = folder
+        self.max_layer_size = max_layer_size
+        # Two stages per pass; more threads than cores only so that none waits for a slow disk.
+        self._threads = trio.CapacityLimiter(4)
+        self._all = trio.CapacityLimiter(_OF_ALL_SOURCES)
+        self._by_source: dict[str, trio.CapacityLimiter] = {}
+        self._warned_full = False
+
+    @asynccontextmanager
+    async def place(self, source: Source) -> AsyncIterator[None]:
+        """Waits until there may be one more pass over a source's blobs: a slow registry holds up no other."""
+        limiter = self._by_source.setdefault(source.name, trio.CapacityLimiter(_OF_ONE_SOURCE))
+        async with limiter, self._all:
+            yield
+
+    async def in_thread(self, function: Callable[[Unpack[_Args]], _Result], *args: *_Args) -> _Result:
+        """What function returns, from one of the few threads that passes have."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
+
+    def store(self, keep: Keep, key: str, portion: Portion) -> bool:
+        """Takes a portion in; whether its chunk could be stored. For worker threads.
+
+        Raises: Corrupt, NoSpace (for what the index needs).
+        """
+        with disk_errors(self.folder):
+            keep.add(portion)
+        try:
+            if portion.data:
+                self.chunks.put(key, portion.data)
+        except NoSpace as error:
+            if not self._warned_full:
+                self._warned_full = True
+                log.error("%s: serving without caching", error.message)
+            return False
+        return True
+
+
+class Pass:
+    """One stream over a blob, and its state for those who wait for it."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        descriptor: Descriptor,
+        *,
+        chunk_key: Callable[[int], str],
+        known: LayerIndex | None,
+        is_file: bool,
+    ) -> None:
+        """chunk_key names a chunk in the store. known: the complete index, if there is one. is_file: it is no tar."""
+        self.known = known
+        self.keep = Keep(known, None)
+        #: Compressed bytes so far.
+        self.received = 0
+        #: Chunks that can be read by now; the pass goes through them in order.
+        self.kept = 0
+        self.done = False
+        self.error: FsmountError | None = None
+        #: Chunks somebody waits for, which must be readable even if the disk is full.
+        self.wanted: set[int] = set()
+        self._passes = passes
+        self._descriptor = descriptor
+        self._chunk_key = chunk_key
+        self._is_file = is_file
+        self._lot = trio.lowlevel.ParkingLot()
+
+    # Waiting
+
+    def step(self) -> None:
+        """Wakes everyone who waits: something more is known."""
+        self._lot.unpark_all()
+
+    async def wait_step(self) -> None:
+        """Returns when more is known, or the pass is done. Raises: the error of the pass."""
+        if not self.done:
+            await self._lot.park()
+        self._raise()
+
+    async def wait_kept(self, number: int) -> None:
+        """Returns when the chunk can be read. Raises: the error of the pass."""
+        while self.kept <= number and not self.done:
+            await self._lot.park()
+        if self.kept <= number:
+            self._raise()
+            raise Corrupt(f"the layer ends before its chunk {number}")
+
+    async def wait_done(self) -> None:
+        """Returns at the end of the pass. Raises: the error of the pass."""
+        while not self.done:
+            await self._lot.park()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    # Streaming
+
+    async def stream(self, source: Source, scanner: TarScanner | OneFile | None) -> Inflate:
+        """Network, inflating and storing side by side, each stage one block or chunk ahead of the next.
+
+        scanner: None when the index is known. Raises: Corrupt, Invalid, Unsupported, NoSpace, and what source raises.
+        """
+        limit = self._passes.max_layer_size or 64 * self._descriptor.size + 2**30
+        inflate = Inflate(self._descriptor.digest, scanner, is_file=self._is_file, max_output=limit)
+        send_blocks, blocks = trio.open_memory_channel[bytes](1)
+        send_portions, portions = trio.open_memory_channel[Portion](1)
+        with single_error(FsmountError):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._collect, source, send_blocks)
+                nursery.start_soon(self._inflate, inflate, blocks, send_portions)
+                async with portions:
+                    async for portion in portions:
+                        await self._keep(portion)
+                        inflate.reuse(portion)
+        await self._keep(await self._passes.in_thread(inflate.finish))
+        return inflate
+
+    async def _collect(self, source: Source, blocks: trio.MemorySendChannel[bytes]) -> None:
+        """Joins the network's pieces to blocks; sends at least one, maybe empty."""
+        async with blocks, source.blob(self._descriptor) as pieces:
+            block = bytearray()
+            async for piece in pieces:
+                block += piece
+                self.received += len(piece)
+                if len(block) >= _BLOCK_SIZE:
+                    await blocks.send(bytes(block))
+                    block.clear()
+            await blocks.send(bytes(block))
+
+    async def _inflate(
+        self,
+        inflate: Inflate,
+        blocks: trio.MemoryReceiveChannel[bytes],
+        portions: trio.MemorySendChannel[Portion],
+    ) -> None:
+        async with blocks, portions:
+            async for block in blocks:
+                await self._passes.in_thread(inflate.push, block)
+                while (portion := await self._passes.in_thread(inflate.next_portion)) is not None:
+                    await portions.send(portion)
+
+    async def _keep(self, portion: Portion) -> None:
+        number = self.kept
+        key = self._chunk_key(number)
+        stored = await self._passes.in_thread(self._passes.store, self.keep, key, portion)
+        if portion.data:
+            # A cache of less than a few chunks may have evicted it as soon as it was stored.
+            if number in self.wanted and not (stored and await self._open_stored(number)):
+                self._passes.chunks.hold(key, portion.data)
+            self.kept += 1
+        self.step()
+
+    async def _open_stored(self, number: int) -> bool:
+        """Makes a chunk hot that was stored; False if it is no longer there."""
+        sha256 = self.keep.chunks[number].sha256
+        return await self._passes.chunks.open(self._chunk_key(number), sha256) is not None
