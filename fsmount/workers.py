@@ -57,7 +57,10 @@ async def _serve(batches: trio.MemoryReceiveChannel[Batch], root: int, workers: 
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "fsmount.extract", str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # In a group of its own: Ctrl-C is for us, and their end before ours would look like a failure.
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
+        )
     try:
         async with batches:
             with trio.socket.from_stdlib_socket(ours) as connection:

@@ -43,9 +43,7 @@ def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log
 
 
 def _in_background(options: ConfigOptions, mountpoint: Path | None, log_file: Path | None) -> int:
-    from fsmount.fuse import mounts
-
-    # What the process in the background will find out about the configuration, it tells; here it is read only for
+    # The process in the background finds out about mistakes, and tells; here the configuration is read only for
     # what nobody said: that takes 0.2 s.
     if mountpoint is None or (log_file is None and options.cache is None):
         config = options.load()
@@ -54,6 +52,6 @@ def _in_background(options: ConfigOptions, mountpoint: Path | None, log_file: Pa
     if log_file is None:
         assert options.cache is not None
         log_file = options.cache / "log" / "mount.log"
-    mountpoint = mountpoint.absolute()
-    mounts.prepare(mountpoint)  # the obvious mistakes, told before anything starts
-    return run_in_background(["mount", str(mountpoint), "--foreground", *options.arguments()], log_file)
+    return run_in_background(
+        ["mount", str(mountpoint.absolute()), "--foreground", *options.arguments()], log_file
+    )
