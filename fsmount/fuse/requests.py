@@ -124,7 +124,9 @@ class _Loop:
             if isinstance(answer, bytes | Attributes):
                 self._reply(unique, _packed(opcode, answer))
             elif answer is not None:
-                self._nursery.start_soon(self._wait, opcode, unique, answer)
+                # Here and not in the task: its caller may give up before it has begun.
+                scope = self._waiting[unique] = trio.CancelScope()
+                self._nursery.start_soon(self._wait, opcode, unique, answer, scope)
         except Exception as error:
             self._fail(opcode, unique, error)
 
@@ -157,11 +159,14 @@ class _Loop:
                 raise Refusal(errno.ENOSYS)
 
     async def _wait(
-        self, opcode: int, unique: int, answer: Coroutine[None, None, Attributes | bytes]
+        self,
+        opcode: int,
+        unique: int,
+        answer: Coroutine[None, None, Attributes | bytes],
+        scope: trio.CancelScope,
     ) -> None:
         code = 0
-        with trio.CancelScope() as scope, trio.move_on_after(self._deadlines.of(opcode)) as deadline:
-            self._waiting[unique] = scope
+        with scope, trio.move_on_after(self._deadlines.of(opcode)) as deadline:
             try:
                 self._reply(unique, _packed(opcode, await answer))
             except Exception as error:

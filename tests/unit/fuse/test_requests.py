@@ -69,13 +69,15 @@ class Kernel:
     """The other end of the device."""
 
     def __init__(self, end: socket.socket) -> None:
+        self._raw = end
         self._end = trio.socket.from_stdlib_socket(end)
         self._unique = 0
 
-    async def send(self, opcode: int, inode: int = 1, body: bytes = b"") -> int:
+    def send(self, opcode: int, inode: int = 1, body: bytes = b"") -> int:
+        """Several that are sent without a pause are all there when the loop looks."""
         self._unique += 2
         header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0, 0)
-        await self._end.send(header + body)
+        self._raw.send(header + body)
         return self._unique
 
     async def receive(self) -> tuple[int, int, bytes]:
@@ -86,7 +88,7 @@ class Kernel:
         return unique, -code, data[16:]
 
     async def ask(self, opcode: int, inode: int = 1, body: bytes = b"") -> tuple[int, bytes]:
-        unique = await self.send(opcode, inode, body)
+        unique = self.send(opcode, inode, body)
         answered, code, data = await self.receive()
         assert answered == unique
         return code, data
@@ -172,8 +174,8 @@ def test_a_listing_without_attributes_has_names_only() -> None:
 
 async def test_what_forgets_has_no_answer_and_others_go_on() -> None:
     async with serving(Cases()) as kernel:
-        await kernel.send(Opcode.FORGET, 7, struct.pack("=Q", 1))
-        await kernel.send(Opcode.BATCH_FORGET, 0, struct.pack("=IIQQ", 1, 0, 7, 1))
+        kernel.send(Opcode.FORGET, 7, struct.pack("=Q", 1))
+        kernel.send(Opcode.BATCH_FORGET, 0, struct.pack("=IIQQ", 1, 0, 7, 1))
         assert await kernel.ask(Opcode.READLINK, 7) == (0, b"bytes")
 
 
@@ -253,27 +255,38 @@ async def test_an_answer_too_late_is_a_timeout(
 async def test_a_caller_that_gives_up_is_let_go_and_others_wait_on() -> None:
     cases = Cases(waits=True)
     async with serving(cases) as kernel:
-        first = await kernel.send(Opcode.GETATTR)
-        await kernel.send(Opcode.GETATTR)
+        first = kernel.send(Opcode.GETATTR)
+        kernel.send(Opcode.GETATTR)
         await wait_all_tasks_blocked()
-        await kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", first))
+        kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", first))
         assert await kernel.receive() == (first, errno.EINTR, b"")
         assert cases.cancelled == 1
         assert await kernel.ask(Opcode.READLINK) == (0, b"bytes")
 
 
+async def test_a_caller_may_give_up_in_the_moment_after_it_has_asked() -> None:
+    cases = Cases(waits=True)
+    async with serving(cases) as kernel:
+        kernel.send(Opcode.READLINK)
+        first = kernel.send(Opcode.GETATTR)
+        kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", first))
+        assert (await kernel.receive())[1:] == (0, b"bytes")
+        assert await kernel.receive() == (first, errno.EINTR, b"")
+    assert cases.cancelled == 1
+
+
 async def test_giving_up_what_was_answered_already_means_nothing() -> None:
     async with serving(Cases()) as kernel:
-        unique = await kernel.send(Opcode.READLINK)
+        unique = kernel.send(Opcode.READLINK)
         assert await kernel.receive() == (unique, 0, b"bytes")
-        await kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", unique))
+        kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", unique))
         assert await kernel.ask(Opcode.READLINK) == (0, b"bytes")
 
 
 async def test_cancelling_the_loop_cancels_what_waits() -> None:
     cases = Cases()
     async with serving(cases) as kernel:
-        await kernel.send(Opcode.GETATTR)
+        kernel.send(Opcode.GETATTR)
         await wait_all_tasks_blocked()
     assert cases.cancelled == 1
 
