@@ -219,6 +219,8 @@ class Layer:
             descriptor = self._layers.chunks.hot(self._chunk_key(number))
             if descriptor is None:
                 descriptor = await self.open_chunk(number)
+            if offset == start:
+                self._read_ahead(number, descriptor)
             piece = os.pread(descriptor, take, offset - start)
             if len(piece) != take:
                 # Cut short on disk since it was opened.
@@ -228,6 +230,13 @@ class Layer:
             offset += take
             size -= take
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_ahead(self, number: int, descriptor: int) -> None:
+        """Has the disk bring a chunk that is read from its beginning, and the next one if that is open."""
+        following = self._layers.chunks.hot(self._chunk_key(number + 1))
+        for opened in (descriptor, following):
+            if opened is not None:
+                os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def pieces(self, extents: Iterable[Extent]) -> Iterator[Piece]:
         """Where the bytes of a file lie in the chunks of the complete layer."""
