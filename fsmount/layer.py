@@ -294,7 +294,7 @@ class Layer:
         if self._condemned is not None:
             until, error = self._condemned
             if trio.current_time() < until:
-                raise error
+                raise error.with_traceback(None)
         if self._pass is None or self._pass.done:
             self._pass = Pass(
                 self._layers.passes,
@@ -420,7 +420,7 @@ class Layers:
     def numbered(self, number: int) -> Layer | None:
         """The layer in use that has this number. Raises: Corrupt if what had it was condemned."""
         if number in self._retired:
-            raise self._retired[number]
+            raise self._retired[number].with_traceback(None)
         return self._by_number.get(number)
 
     def renumber(self, layer: Layer, error: Corrupt) -> None:

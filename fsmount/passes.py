@@ -130,7 +130,7 @@ class Pass:
 
     def _raise(self) -> None:
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)  # or every reader would make it longer
 
     # Streaming
 

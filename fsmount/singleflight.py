@@ -57,7 +57,7 @@ class SingleFlight(Generic[_Result]):
             failure = error
 
             def fail() -> _Result:
-                raise failure
+                raise failure.with_traceback(None)  # or every waiter would make it longer
 
             flight.outcome = fail
         finally:

@@ -9,10 +9,13 @@ import errno
 import logging
 import math
 import os
+import re
+import signal
 import traceback
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import trio
 
@@ -38,6 +41,12 @@ _QUIET_SECONDS = 60.0
 #: Requests that may be read one after the other before everything else in the process has had its turn.
 _IN_A_ROW = 32
 _MOST_MESSAGES = 1000
+#: How soon the kernel shall say again that a caller was interrupted by a signal that does not end its wait.
+_AGAIN_SECONDS = 0.1
+_ENDING = sum(
+    1 << number - 1
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM)
+)
 
 _Result = TypeVar("_Result")
 #: What a handler returns: its answer, or the coroutine that will get it, if it has to wait.
@@ -73,13 +82,21 @@ async def answer_requests(device: int, handlers: Handlers, deadlines: Deadlines)
     """Answers what comes from device, a mounted /dev/fuse that does not block, until it is unmounted.
 
     A handler that has its answer is answered for at once. One that must wait does so in a task of its own, which
-    ends at its deadline, or when the kernel says that the caller has given up (a signal, SIGKILL among them).
+    ends at its deadline, or when the kernel says that the caller was interrupted, and a signal is pending that asks
+    it to end: SIGKILL, SIGTERM, SIGINT, SIGQUIT or SIGHUP.
 
     Cancellation: requests that are under way stay unanswered; closing the last descriptor fails them.
     """
     async with trio.open_nursery() as nursery:
         await _Loop(device, handlers, deadlines, nursery).run()
         nursery.cancel_scope.cancel()
+
+
+class _Waiting(NamedTuple):
+    """A request that has not been answered yet, and the thread that waits for it."""
+
+    scope: trio.CancelScope
+    pid: int
 
 
 class _Loop:
@@ -91,7 +108,7 @@ class _Loop:
         self._buffer = bytearray(BUFFER_SIZE)
         self._journal = Journal()
         #: The requests that wait, by `unique`.
-        self._waiting: dict[int, trio.CancelScope] = {}
+        self._waiting: dict[int, _Waiting] = {}
 
     async def run(self) -> None:
         buffers = [self._buffer]
@@ -119,14 +136,17 @@ class _Loop:
         """Answers the request in the buffer, or starts the task that will."""
         request = parse_request(self._buffer)
         opcode, unique = request.opcode, request.unique
+        if opcode == Opcode.INTERRUPT:
+            self._interrupt(unique, parse_interrupt(self._buffer))
+            return
         try:
             answer = self._call(opcode, request.inode, request.length)
             if isinstance(answer, bytes | Attributes):
                 self._reply(unique, _packed(opcode, answer))
             elif answer is not None:
                 # Here and not in the task: its caller may give up before it has begun.
-                scope = self._waiting[unique] = trio.CancelScope()
-                self._nursery.start_soon(self._wait, opcode, unique, answer, scope)
+                waiting = self._waiting[unique] = _Waiting(trio.CancelScope(), request.pid)
+                self._nursery.start_soon(self._wait, opcode, unique, answer, waiting.scope)
         except Exception as error:
             self._fail(opcode, unique, error)
 
@@ -148,11 +168,6 @@ class _Loop:
                 return handlers.statfs()
             case Opcode.FORGET | Opcode.BATCH_FORGET:  # they have no answer
                 return None
-            case Opcode.INTERRUPT:
-                scope = self._waiting.get(parse_interrupt(buffer))
-                if scope is not None:
-                    scope.cancel()
-                return None
             case _:
                 # The kernel remembers. Of OPEN and OPENDIR it then asks no more, nor of their ends, and keeps
                 # pages and listings: a small file costs one request instead of three.
@@ -165,22 +180,41 @@ class _Loop:
         answer: Coroutine[None, None, Attributes | bytes],
         scope: trio.CancelScope,
     ) -> None:
-        code = 0
-        with scope, trio.move_on_after(self._deadlines.of(opcode)) as deadline:
-            try:
+        seconds = self._deadlines.of(opcode)
+        try:
+            with scope, trio.move_on_after(seconds) as deadline:
                 self._reply(unique, _packed(opcode, await answer))
-            except Exception as error:
-                self._fail(opcode, unique, error)
-            finally:
-                del self._waiting[unique]
+                return
+        except Exception as error:
+            # Out here: a nursery of the handler's may have joined its failure with our cancellation, and only the
+            # end of the scopes takes that out of the group.
+            self._fail(opcode, unique, _without_group(error))
+            return
+        finally:
+            del self._waiting[unique]
+        code = errno.EINTR
         if deadline.cancelled_caught:
             code = errno.ETIMEDOUT
-            seconds = self._deadlines.of(opcode)
             self._journal.note_failure(_name(opcode), code, f"no answer within {seconds:g} s")
-        elif scope.cancelled_caught:
-            code = errno.EINTR
-        if code:
-            self._write(error_reply(unique, code))
+        self._write(error_reply(unique, code))
+
+    def _interrupt(self, unique: int, interrupted: int) -> None:
+        """The kernel says so, once, for every signal that the caller has a handler for; most do not end its wait.
+
+        A shell that learns of a child's end must not be told that a file does not exist. EAGAIN has the kernel say
+        it again, so that a signal that comes later is heard of too.
+        """
+        waiting = self._waiting.get(interrupted)
+        if waiting is None:
+            return
+        if _wants_to_end(waiting.pid):
+            waiting.scope.cancel()
+        else:
+            self._nursery.start_soon(self._ask_again, unique)
+
+    async def _ask_again(self, unique: int) -> None:
+        await trio.sleep(_AGAIN_SECONDS)
+        self._write(error_reply(unique, errno.EAGAIN))
 
     def _fail(self, opcode: int, unique: int, error: Exception) -> None:
         match error:
@@ -206,6 +240,28 @@ class _Loop:
             # ENOENT: the caller is gone; ENODEV: the mount is.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
+
+
+def _wants_to_end(pid: int) -> bool:
+    """Whether a signal is pending that asks a thread or its process to end; also if that cannot be found out."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:  # it has ended, or is of another namespace
+        return True
+    pending = re.findall(r"^(?:SigPnd|ShdPnd):\t([0-9a-f]+)$", status, re.MULTILINE)
+    return any(int(mask, 16) & _ENDING for mask in pending)
+
+
+def _without_group(error: Exception) -> Exception:
+    """The first failure in a group of nurseries, one that has a name if there is one."""
+    leaves = [error]
+    while any(isinstance(leaf, ExceptionGroup) for leaf in leaves):
+        leaves = [
+            inner
+            for leaf in leaves
+            for inner in (leaf.exceptions if isinstance(leaf, ExceptionGroup) else [leaf])
+        ]
+    return next((leaf for leaf in leaves if isinstance(leaf, FsmountError)), leaves[0])
 
 
 def _packed(opcode: int, answer: Attributes | bytes) -> bytes:
@@ -239,8 +295,9 @@ class Journal:
             log.warning("%s: %s: %s", handler, errno.errorcode.get(code, code), message)
 
     def note_bug(self, handler: str, error: Exception) -> None:
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-        site = (type(error).__qualname__, frame.f_code.co_filename, line)
+        frames = list(traceback.walk_tb(error.__traceback__))
+        place = [(frame.f_code.co_filename, line) for frame, line in frames[-1:]]
+        site = (type(error).__qualname__, *(place[0] if place else ("", 0)))
         if site not in self._bugs:
             self._bugs.add(site)
             log.error(

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -140,6 +141,27 @@ def test_a_caller_that_is_killed_while_it_waits_is_gone_at_once(
         if name == "slow":
             process.wait_for("given up")
         assert look_at(mountpoint / "same").returncode == 0
+
+
+def test_a_signal_that_does_not_end_its_wait_tells_a_caller_nothing_wrong(mountpoint: Path) -> None:
+    # The shell has a handler for the end of its children.
+    script = 'sleep 0.05 & [ -e "$0" ] && echo there || echo missing'
+    with toy.process(mountpoint) as process:
+        shell = subprocess.Popen(
+            ["bash", "-c", script, mountpoint / "late"], stdout=subprocess.PIPE, text=True
+        )
+        process.wait_for("lookup late")
+        children = Path(f"/proc/{shell.pid}/task/{shell.pid}/children")
+        deadline = time.monotonic() + _SECONDS_OF_PATIENCE
+        while _is_running(children.read_text().split()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)  # so that the kernel has told of it
+        process.tell("release")
+        assert shell.communicate(timeout=_SECONDS_OF_PATIENCE)[0] == "there\n"
+
+
+def _is_running(pids: list[str]) -> bool:
+    return any(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z" for pid in pids)
 
 
 def test_root_s_mount_is_read_ahead_as_far_as_requests_are_large(mountpoint: Path) -> None:

@@ -1,10 +1,10 @@
 """A file system of nothing but cases, served by a process of its own that a test talks to, line by line.
 
-`/same` reads at once; `/stuck-*` reads when released; to look up `/slow` never ends, and `/broken-*` raises what it
-names.
+`/same` reads at once; `/stuck-*` reads when released; to look up `/slow` never ends, `/late` ends when
+released, and `/broken-*` raises what it names.
 
 The process writes a line for each event: `ready`, `lookup NAME`, `stuck COUNT`, `given up`, `released`, `killed`, and
-`ended` after the mount. It reads commands: `ping` is answered with `pong`; `release` lets the stuck readers go;
+`ended` after the mount. It reads commands: `ping` is answered with `pong`; `release` lets the stuck and the late go;
 `trap` starts a caller and kills it at the worst moment: trio has seen its request, and the loop is about to read
 it. `--raw` serves with pyfuse3's own loop instead of fsmount's.
 """
@@ -59,6 +59,8 @@ class Toy:
         say(f"lookup {name.decode()}")
         if name == b"slow":
             return self._slow()
+        if name == b"late":
+            return self._late()
         if name in _FAILURES:
             raise _FAILURES[name]()
         if name != b"same" and not name.startswith(b"stuck-"):
@@ -72,6 +74,10 @@ class Toy:
             say("given up")
             raise
         raise AssertionError
+
+    async def _late(self) -> Attributes:
+        await self.released.wait()
+        return self.getattr(self.names.setdefault(b"late", len(self.names) + 2))
 
     def getattr(self, inode: int) -> Attributes:
         is_root = inode == ROOT

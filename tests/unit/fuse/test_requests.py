@@ -73,10 +73,10 @@ class Kernel:
         self._end = trio.socket.from_stdlib_socket(end)
         self._unique = 0
 
-    def send(self, opcode: int, inode: int = 1, body: bytes = b"") -> int:
+    def send(self, opcode: int, inode: int = 1, body: bytes = b"", *, pid: int = 0) -> int:
         """Several that are sent without a pause are all there when the loop looks."""
         self._unique += 2
-        header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, self._unique, inode, 0, 0, 0, 0, 0)
+        header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, self._unique, inode, 0, 0, pid, 0, 0)
         self._raw.send(header + body)
         return self._unique
 
@@ -273,6 +273,41 @@ async def test_a_caller_may_give_up_in_the_moment_after_it_has_asked() -> None:
         assert (await kernel.receive())[1:] == (0, b"bytes")
         assert await kernel.receive() == (first, errno.EINTR, b"")
     assert cases.cancelled == 1
+
+
+async def test_a_signal_that_does_not_end_the_wait_is_to_be_told_again(autojump_clock: MockClock) -> None:
+    cases = Cases(waits=True)
+    async with serving(cases) as kernel:
+        first = kernel.send(Opcode.GETATTR, pid=os.getpid())
+        for _ in range(3):
+            again = kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", first))
+            assert await kernel.receive() == (again, errno.EAGAIN, b"")
+        assert cases.cancelled == 0
+
+
+async def test_a_failure_that_meets_a_cancellation_is_an_answer_and_the_loop_goes_on() -> None:
+    class Grouped(Cases):
+        async def read(self, inode: int, offset: int, size: int) -> bytes:
+            async def fail() -> None:
+                with trio.CancelScope(shield=True):
+                    await self.failing.wait()
+                raise Corrupt("while its caller leaves")
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail)
+                nursery.start_soon(trio.sleep_forever)
+            raise AssertionError
+
+    cases = Grouped()
+    cases.failing = trio.Event()  # type: ignore[attr-defined]
+    async with serving(cases) as kernel:
+        first = kernel.send(Opcode.READ, 1, _read_in(0, 9))
+        await wait_all_tasks_blocked()
+        kernel.send(Opcode.INTERRUPT, 0, struct.pack("=Q", first))
+        await wait_all_tasks_blocked()
+        cases.failing.set()  # type: ignore[attr-defined]
+        assert (await kernel.receive())[:2] in {(first, errno.EBADMSG), (first, errno.EINTR)}
+        assert await kernel.ask(Opcode.READLINK) == (0, b"bytes")
 
 
 async def test_giving_up_what_was_answered_already_means_nothing() -> None:
