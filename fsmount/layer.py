@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder, disk_errors, publish
 from fsmount.cache.numbers import Numbers
 from fsmount.errors import Corrupt, FsmountError, Invalid, NotFound
-from fsmount.index import IndexBuilder, LayerIndex
+from fsmount.index import Chunk, IndexBuilder, LayerIndex
 from fsmount.ingest import CHUNK_SIZE, Keep, OneFile
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
@@ -79,6 +79,8 @@ class Layer:
         self._condemned: tuple[float, Corrupt] | None = None
         #: What images say of the inflated layer; one that is right suffices.
         self._expected: set[str] = set()
+        #: The sha256 of chunks that readers were shown by passes which broke off, and which nobody has certified.
+        self._shown: dict[int, bytes] = {}
 
     def expect(self, diff_id: Digest | None) -> None:
         """Takes what an image's configuration says about the inflated layer; checked now, or at the pass's end.
@@ -357,8 +359,12 @@ class Layer:
                 "blob_size": self.spec.descriptor.size,
             }
             finished = await self._layers.passes.in_thread(self._publish, builder, running.keep, facts)
+            self._compare_with_shown(running.keep.chunks, is_certified=True)
         except Corrupt as error:
             self._condemn(error)
+            raise
+        except BaseException:
+            self._compare_with_shown(running.keep.chunks, is_certified=False)
             raise
         finally:
             self._index = finished
@@ -368,6 +374,21 @@ class Layer:
                 keys = [self._chunk_key(number) for number in range(running.kept + 1)]
                 with trio.move_on_after(10, shield=True):
                     await self._layers.chunks.drop(keys)
+
+    def _compare_with_shown(self, chunks: Sequence[Chunk], *, is_certified: bool) -> None:
+        """Gives the layer a new number if an earlier pass, which broke off, showed other bytes than this one.
+
+        The kernel keeps what it was shown, by that number.
+        """
+        found = {number: chunk.sha256 for number, chunk in enumerate(chunks)}
+        if any(found.get(number, sha256) != sha256 for number, sha256 in self._shown.items()):
+            error = Corrupt(
+                f"layer {self.spec.descriptor.digest}: what was read of it before has changed since"
+            )
+            log.error("%s; it came from %s", error.message, self.source.name)
+            self._layers.renumber(self, error)
+            self._shown = {}
+        self._shown = {} if is_certified else self._shown | found
 
     def _publish(self, builder: IndexBuilder, keep: Keep, facts: dict[str, object]) -> LayerIndex:
         path = self._layers.index_path(self.key)
@@ -384,6 +405,7 @@ class Layer:
         others = self.source.distrust(self.spec.descriptor)
         self._condemned = None if others else (trio.current_time() + _CONDEMNED_SECONDS, error)
         self._layers.renumber(self, error)
+        self._shown = {}
 
 
 class Layers:

@@ -617,3 +617,25 @@ async def test_who_needs_a_whole_layer_gets_it_from_others_if_a_mirror_altered_i
         await layer.wait_complete()
         assert layer.number != number, "what the kernel may have cached of the altered one is not seen again"
     assert source.fetched(blob) == 2
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["the same bytes", "other bytes"])
+async def test_what_a_pass_showed_that_broke_off_keeps_its_number_only_if_the_next_one_shows_the_same(
+    tmp_path: Path, source: FakeSource, blob: Descriptor, changed: bool
+) -> None:
+    # Past the headers, so that the first pass finds the same members.
+    wrong = TAR[:600] + bytes([TAR[600] ^ 1]) + TAR[601:]
+    source.then(blob, Body(wrong if changed else TAR, stop=MIDDLE, error=GONE))
+    async with open_layers(tmp_path) as layers:
+        layer = layers.get(LayerSpec(blob), source)
+        number = layer.number
+        await raises(Unreachable, partial(layer.read_stream, len(TAR) - 1, 1))
+        assert layer.number == number, (
+            "a connection that broke does not take files from those who have them open"
+        )
+        await layer.wait_complete()
+        assert (layer.number != number) == changed
+        if changed:
+            with pytest.raises(Corrupt):
+                layers.numbered(number)
+            assert layers.numbered(layer.number) is layer
