@@ -20,7 +20,7 @@ from fsmount.oci.platform import Platform
 from fsmount.oci.reference import is_tag
 from fsmount.overlay import Node
 from fsmount.registry.source import Source, is_housekeeping
-from fsmount.singleflight import SingleFlight
+from fsmount.singleflight import SingleFlight, in_background
 from fsmount.tree import Tree, directory_key
 
 log = logging.getLogger(__name__)
@@ -163,14 +163,12 @@ class Catalog:
         now = trio.current_time()
         if now - known.looked_at >= app.refresh_seconds:
             known.looked_at = now
-            self._nursery.start_soon(self._list_again, app)
+            what = f"the tags of {app.name} are those of before"
+            self._nursery.start_soon(in_background, what, lambda: self._list_again(app))
         return known.changed_ns
 
     async def _list_again(self, app: App) -> None:
-        try:
-            await self._listing.run(app.name, lambda: self._list(app))
-        except FsmountError as error:
-            log.warning("the tags of %s are those of before: %s", app.name, error.message)
+        await self._listing.run(app.name, lambda: self._list(app))
 
     async def _list(self, app: App) -> None:
         with _deadline(app):
@@ -268,26 +266,24 @@ class Catalog:
             self._checked.setdefault((app.name, name), now)
             return
         self._checked[app.name, name] = now
-        self._nursery.start_soon(self._refresh, app, name)
+        what = f"{name} of {app.name} stays what it was"
+        self._nursery.start_soon(in_background, what, lambda: self._refresh(app, name))
 
     async def _refresh(self, app: App, name: str) -> None:
+        latest = self._latest.get((app.name, name))
+        known = latest.record.digest if latest is not None else None
         try:
-            try:
-                latest = self._latest.get((app.name, name))
-                known = latest.record.digest if latest is not None else None
-                digest = await self._resolve(app, name, name, known)
-            except NotFound:
-                log.info("the tag %s of %s is gone", name, app.name)
-                self._latest.pop((app.name, name), None)
-                # An unbound view as the latest of its name: the next process does not believe in the old one.
-                self._layers.numbers.new_view(app.name, name, app.origin, None)
-                return
-            view = self._latest.get((app.name, name))
-            if view is not None and view.record.digest not in (None, digest):
-                log.info("the tag %s of %s has moved to %s", name, app.name, digest)
-                self._new_view(app, name, digest)
-        except FsmountError as error:
-            log.warning("%s of %s stays what it was: %s", name, app.name, error.message)
+            digest = await self._resolve(app, name, name, known)
+        except NotFound:
+            log.info("the tag %s of %s is gone", name, app.name)
+            self._latest.pop((app.name, name), None)
+            # An unbound view as the latest of its name: the next process does not believe in the old one.
+            self._layers.numbers.new_view(app.name, name, app.origin, None)
+            return
+        view = self._latest.get((app.name, name))
+        if view is not None and view.record.digest not in (None, digest):
+            log.info("the tag %s of %s has moved to %s", name, app.name, digest)
+            self._new_view(app, name, digest)
 
     async def _bind(self, view: View) -> Content:
         app, record = view.app, view.record

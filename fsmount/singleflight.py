@@ -1,10 +1,17 @@
-"""What trio leaves to its users: one fetch for all who wait for it, and a nursery's single failure as itself."""
+"""What trio leaves to its users: one fetch for all who wait for it, a nursery's single failure as itself, and work that
+nobody waits for.
+"""
 
+import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import trio
+
+from fsmount.errors import FsmountError
+
+log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -81,3 +88,13 @@ def single_error(kind: type[Exception]) -> Iterator[None]:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
+
+
+async def in_background(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Does work that nobody waits for, and whose failure must end nothing: it is logged as a failure of `what`."""
+    try:
+        await work()
+    except FsmountError as error:
+        log.warning("%s: %s", what, error.message)
+    except Exception:
+        log.exception("%s failed in a way nobody foresaw", what)

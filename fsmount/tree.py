@@ -17,7 +17,7 @@ from fsmount.index import Content, LayerIndex, Member, unpack_content
 from fsmount.layer import Layer
 from fsmount.oci.digest import Digest
 from fsmount.overlay import Node, Overlay, Stack, Undecided
-from fsmount.singleflight import single_error
+from fsmount.singleflight import in_background, single_error
 
 log = logging.getLogger(__name__)
 
@@ -329,12 +329,25 @@ class Tree:
             await self._writing.acquire()
             try:
                 if self._stored is None:
-                    self._stored = await trio.to_thread.run_sync(self._merge)
+                    try:
+                        self._stored = await trio.to_thread.run_sync(self._merge)
+                    except FsmountError as error:
+                        if isinstance(error.__cause__, sqlite3.DatabaseError):
+                            await self._drop_damaged_indexes()
+                        raise
                     self._stacks.clear()
             finally:
                 self._writing.release()
         assert self._stored is not None
         return self._stored
+
+    async def _drop_damaged_indexes(self) -> None:
+        """What the disk has spoilt is made again when it is asked for next."""
+        for layer in self.layers:
+            if not await trio.to_thread.run_sync(database.is_sound, layer.index_path):
+                log.error("%s is damaged; it is made again", layer.index_path)
+                layer.close_index()
+                layer.index_path.unlink(missing_ok=True)
 
     def reopen(self) -> StoredTree:
         """Another connection to the written tree, for another thread. Ownership: the caller closes it."""
@@ -388,13 +401,11 @@ class Tree:
     def _merge_later(self) -> None:
         if not self._merging:
             self._merging = True
-            self._nursery.start_soon(self._merge_quietly)
+            what = f"the tree of {self.digest} cannot be written"
+            self._nursery.start_soon(in_background, what, self._merge_once)
 
-    async def _merge_quietly(self) -> None:
-        try:
-            await self.stored()
-        except FsmountError as error:
-            log.warning("the tree of %s cannot be written: %s", self.digest, error.message)
+    async def _merge_once(self) -> None:
+        await self.stored()
 
     async def node(self, directory: int) -> Node:
         """A directory by its number. Raises: NotFound, as `stored`."""

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -82,3 +83,13 @@ def _written_size(header: bytes) -> int:
 def uri(path: Path) -> str:
     """How SQLite is told to open a finished database."""
     return f"file:{quote(str(path))}?mode=ro&immutable=1"
+
+
+def is_sound(path: Path) -> bool:
+    """Whether every page of a finished database holds together. Reads all of it: for when something was wrong."""
+    try:
+        with closing(sqlite3.connect(uri(path), uri=True)) as connection:
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError:
+        return False
+    return bool(verdict == "ok")

@@ -103,7 +103,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise from_os_error(error, path) from error
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         raise from_sqlite_error(error, path) from error
 
 

@@ -89,6 +89,8 @@ _INIT_FLAGS = struct.Struct("=I")
 _INIT_SIZES = struct.Struct("=HHIIH")  # max_background, congestion_threshold, max_write, time_gran, max_pages
 
 HEADER_SIZE = _IN_HEADER.size
+#: An answer to INIT with all that is amended; an error has a header alone.
+SMALLEST_INIT = _OUT_HEADER.size + _INIT_IN.size + _INIT_SIZES.size
 _LARGEST_WRITE = 1 << 20
 _PAGE = 4096
 #: The kernel refuses to write a request into a smaller buffer than the largest WRITE that was agreed on needs.

@@ -4,6 +4,7 @@ pyfuse3, that is libfuse, mounts, agrees with the kernel on what both can do (IN
 users through fusermount3. The requests in between are answered in `requests`.
 """
 
+import errno
 import functools
 import logging
 import os
@@ -19,7 +20,7 @@ import trio
 
 from fsmount.errors import DeadlineExpired, FsmountError, NotRunning, Refused
 from fsmount.fuse import mounts
-from fsmount.fuse.protocol import BUFFER_SIZE, amended_init
+from fsmount.fuse.protocol import BUFFER_SIZE, SMALLEST_INIT, amended_init
 from fsmount.fuse.requests import Deadlines, Handlers, answer_requests
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ async def serve(
     if await trio.to_thread.run_sync(mounts.prepare, mountpoint, limiter=probes):
         log.warning("cleared the dead mount of an earlier run at %s", mountpoint)
     ready = False
-    with _single_failure(), _mounted(mountpoint, options) as (mount, device):
+    with _single_failure(), _mounted(mountpoint, options) as (mount, device, libfuse_s):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_serve_device, device, handlers, deadlines or Deadlines(), nursery)
+            nursery.start_soon(_serve_device, device, libfuse_s, handlers, deadlines or Deadlines(), nursery)
             await _wait_until_answering(mount, probes)
             if not mounts.set_read_ahead(mountpoint, read_ahead_kib):
                 log.info("the read-ahead of %s stays at the kernel's default", mountpoint)
@@ -72,22 +73,31 @@ async def serve(
         raise NotRunning(f"{mountpoint} was unmounted before it had answered")
 
 
-async def _serve_device(device: int, handlers: Handlers, deadlines: Deadlines, nursery: trio.Nursery) -> None:
-    await _negotiate(device)
-    await answer_requests(device, handlers, deadlines)
+async def _serve_device(
+    device: int, libfuse_s: int, handlers: Handlers, deadlines: Deadlines, nursery: trio.Nursery
+) -> None:
+    if await _negotiate(device, libfuse_s):
+        await answer_requests(device, handlers, deadlines)
     nursery.cancel_scope.cancel()  # the mount is gone
 
 
-async def _negotiate(device: int) -> None:
+async def _negotiate(device: int, libfuse_s: int) -> bool:
     """Lets libfuse answer INIT, the kernel's first request: over a socket, for what follows is not for libfuse.
 
+    libfuse_s is its own descriptor of the device. False: it was unmounted before.
+
+    Raises: Refused (libfuse and the kernel do not agree).
     Cancellation: nothing is negotiated.
     """
     await trio.lowlevel.wait_readable(device)
-    init = os.read(device, BUFFER_SIZE)
+    try:
+        init = os.read(device, BUFFER_SIZE)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return False
+        raise
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        libfuse_s = _libfuse_s_descriptor(device)
         os.dup2(theirs.fileno(), libfuse_s, inheritable=False)
         theirs.close()
         try:
@@ -100,7 +110,10 @@ async def _negotiate(device: int) -> None:
         finally:
             # What it closes, and looks at before it unmounts, shall be the device again.
             os.dup2(device, libfuse_s, inheritable=False)
+    if len(answer) < SMALLEST_INIT:
+        raise Refused("libfuse does not agree with this kernel on the FUSE protocol", remedy="Upgrade fuse3.")
     os.write(device, amended_init(init, answer, background=BACKGROUND))
+    return True
 
 
 async def _wait_until_answering(mount: mounts.Mount, probes: trio.CapacityLimiter) -> None:
@@ -113,8 +126,8 @@ async def _wait_until_answering(mount: mounts.Mount, probes: trio.CapacityLimite
 
 
 @contextmanager
-def _mounted(mountpoint: Path, options: set[str]) -> Iterator[tuple[mounts.Mount, int]]:
-    """The mount, and a descriptor of its device that does not block."""
+def _mounted(mountpoint: Path, options: set[str]) -> Iterator[tuple[mounts.Mount, int, int]]:
+    """The mount, a descriptor of its device that does not block, and libfuse's own of the same."""
     global _is_serving
     if _is_serving:
         raise RuntimeError("pyfuse3 serves one mount a process")
@@ -131,7 +144,7 @@ def _mounted(mountpoint: Path, options: set[str]) -> Iterator[tuple[mounts.Mount
     try:
         if mount is None:
             raise NotRunning(f"{mountpoint} was unmounted at once")
-        yield mount, device
+        yield mount, device, libfuse_s
     finally:
         os.close(device)
         # After a lazy unmount from outside another session may be mounted at this path: that one must stay.
@@ -153,11 +166,6 @@ def _devices() -> Iterator[int]:
             continue
         if stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEVICE_NUMBER:
             yield int(name)
-
-
-def _libfuse_s_descriptor(device: int) -> int:
-    (descriptor,) = set(_devices()) - {device}
-    return descriptor
 
 
 @contextmanager

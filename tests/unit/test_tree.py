@@ -397,6 +397,24 @@ async def test_a_damaged_tree_is_made_again_from_the_indexes(
     assert path.read_bytes() == data
 
 
+async def test_an_index_that_the_disk_has_spoilt_fails_once_and_is_made_again(
+    tmp_path: Path, source: FakeSource, blobs: list[Descriptor]
+) -> None:
+    tree_path = await stored_once(tmp_path, source, blobs)
+    tree_path.unlink()
+    index = tmp_path / "layers" / f"sha256-{blobs[0].digest.hex}.sqlite"
+    data = index.read_bytes()
+    # The pages of names; what opening reads is left.
+    pages = [data[at : at + 4096] for at in range(0, len(data), 4096)]
+    index.write_bytes(b"".join(b"\xff" * 4096 if b"removed" in page else page for page in pages))
+    async with open_layers(tmp_path) as layers:
+        tree = tree_of(layers, source, blobs)
+        with pytest.raises(FsmountError):
+            await tree.stored()
+        source.away = None
+        assert len(listing(await tree.stored())) == 8
+
+
 async def test_a_closed_tree_opens_again_and_a_listing_goes_on_where_it_was(
     tmp_path: Path, source: FakeSource, blobs: list[Descriptor]
 ) -> None:
