@@ -5,6 +5,8 @@ import hashlib
 import os
 import stat
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from fsmount.archive.entry import EntryType
 from fsmount.archive.paths import MAX_NAME
@@ -33,6 +35,8 @@ from fsmount.tree import StoredTree, Tree, directory_key
 _FOR_EVER = 86400.0
 #: A tag may move, and an app gain tags: the kernel asks again after a second, and is answered from memory.
 _SOON = 1.0
+
+_Result = TypeVar("_Result")
 
 _KINDS = {
     EntryType.FILE: stat.S_IFREG,
@@ -100,7 +104,7 @@ class Operations:
         if isinstance(place, Folder):
             return self._folder_attributes(self._path(place))
         if isinstance(place, Content):
-            return _attributes(inode, self._member(place), _FOR_EVER)
+            return self._with_member(place, lambda layer, member: _member_attributes(inode, layer, member))
         view = self._view(place.view)
         if place.directory == VIEW_ROOT:
             return self._view_attributes(view)
@@ -110,11 +114,11 @@ class Operations:
         tree = (await self._catalog.content(view)).tree
         return self._node_attributes(view, tree, await tree.node(place.directory))
 
-    def readlink(self, inode: int) -> bytes:
+    def readlink(self, inode: int) -> Answer[bytes]:
         place = parse_inode(inode)
         if not isinstance(place, Content):
             raise Refusal(errno.EINVAL)
-        return self._member(place).link
+        return self._with_member(place, lambda layer, member: member.link)
 
     # Listings
 
@@ -194,12 +198,21 @@ class Operations:
             raise Refusal(errno.ESTALE)
         return layer
 
-    def _member(self, place: Content) -> Member:
-        index = self._layer(place).index
-        member = index.member(place.member) if index is not None else None
-        if member is None:
-            raise Refusal(errno.ESTALE)
-        return member
+    def _with_member(self, place: Content, answer: Callable[[Layer, Member], _Result]) -> Answer[_Result]:
+        """answer of a member, waiting for the next pass if the one that showed it broke off."""
+        layer = self._layer(place)
+        member = _find_member(layer, place.member)
+        if member is not None:
+            return answer(layer, member)
+
+        async def wait() -> _Result:
+            member = None
+            while member is None:
+                await layer.wait_progress()
+                member = _find_member(layer, place.member)
+            return answer(layer, member)
+
+        return wait()
 
     def _folder_attributes(self, path: str) -> Attributes:
         inode = folder_inode(self._numbers.folder(path)) if path else ROOT
@@ -229,6 +242,19 @@ class Operations:
             inode = content_inode(tree.layers[node.layer].number, node.member.number)
         # While layers stream, a later member of the same layer may replace this one.
         return _attributes(inode, node.member, _FOR_EVER if tree.final else 0)
+
+
+def _find_member(layer: Layer, number: int) -> Member | None:
+    """None: a pass may yet show it. Raises: Refusal, if none will."""
+    index = layer.index
+    member = index.member(number) if index is not None else None
+    if member is None and layer.complete:
+        raise Refusal(errno.ESTALE)
+    return member
+
+
+def _member_attributes(inode: int, layer: Layer, member: Member) -> Attributes:
+    return _attributes(inode, member, _FOR_EVER if layer.complete else 0)
 
 
 #: A directory of which nothing is known but that it is one.
