@@ -107,7 +107,7 @@ class View:
 class _Tags:
     """What was listed, when that was last looked after, and when it last changed, in nanoseconds of the epoch."""
 
-    listed: list[str]
+    listed: frozenset[str]
     looked_at: float
     changed_ns: int
 
@@ -139,7 +139,7 @@ class Catalog:
         self._resolving: SingleFlight[Digest] = SingleFlight(nursery)
         self._opening: SingleFlight[Content] = SingleFlight(nursery)
 
-    async def tags(self, app: App) -> list[str]:
+    async def tags(self, app: App) -> frozenset[str]:
         """The tags that are listed, without those of housekeeping: as they were when they were last looked after.
 
         Raises: Unreachable (and nothing is known), AccessDenied, NotFound (no such repository).
@@ -173,7 +173,9 @@ class Catalog:
     async def _list(self, app: App) -> None:
         with _deadline(app):
             tags = await app.source.tags()
-        listed = [tag for tag in tags if is_tag(tag) and not is_housekeeping(tag) and app.listed(tag)]
+        listed = frozenset(
+            tag for tag in tags if is_tag(tag) and not is_housekeeping(tag) and app.listed(tag)
+        )
         known = self._tags.get(app.name)
         changed_ns = known.changed_ns if known is not None and known.listed == listed else time.time_ns()
         self._tags[app.name] = _Tags(listed, trio.current_time(), changed_ns)

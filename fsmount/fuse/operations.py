@@ -1,6 +1,7 @@
 """Operations: the answers to the kernel, each a pure function of the inode numbers it asks about."""
 
 import errno
+import functools
 import hashlib
 import os
 import stat
@@ -152,9 +153,7 @@ class Operations:
         """The entries of a folder that may change; the place of each does not depend on the others."""
         app = self._catalog.apps.get(path)
         names = await self._catalog.tags(app) if app is not None else self._catalog.folders[path]
-        for offset, name in sorted((_offset(name), name) for name in names):
-            if offset <= after:
-                continue
+        for offset, name in sorted((place, name) for name in names if (place := _offset(name)) > after):
             if app is not None:
                 attributes = self._view_attributes(await self._catalog.view(app, name))
             else:
@@ -276,6 +275,7 @@ def _encode_device(major: int, minor: int) -> int:
     return minor & 0xFF | (major & 0xFFF) << 8 | (minor & 0xFFF00) << 12
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _offset(name: str) -> int:
     """The place of a name in a listing whose other names may come and go: 62 bits of its hash, and never 0."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big") >> 2 | 1
