@@ -109,8 +109,8 @@ class ChunkStore:
         try:
             self._cache = self._connect()
         except (sqlite3.DatabaseError, ValueError) as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _TROUBLES:
-                raise from_sqlite_error(error, folder) from error  # type: ignore[arg-type]
+            if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _TROUBLES:
+                raise from_sqlite_error(error, folder) from error
             aside = folder.with_name(f"{folder.name}.damaged")
             log.warning(
                 "the chunk store is damaged (%s): moved to %s, starting with an empty one", error, aside

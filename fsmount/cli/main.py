@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    # The third `except Exception` next to the FUSE boundary and single-flight: a user is shown no traceback.
+    # Also what nobody foresaw, as where requests are answered and tasks end: a user is shown no traceback.
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
         return _tell(error)
 
