@@ -1,16 +1,17 @@
 """Image: from a resolved descriptor to the layers of the one manifest that suits a platform."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import trio
 
 from fsmount.cache.folder import CacheFolder
-from fsmount.errors import Invalid, NotFound, Unsupported
-from fsmount.layer import LayerSpec
+from fsmount.errors import Invalid, NotFound, Unsupported, UsageError
+from fsmount.lazy import LayerSpec
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import (
     TITLE,
@@ -23,7 +24,10 @@ from fsmount.oci.manifest import (
 )
 from fsmount.oci.platform import Platform
 from fsmount.oci.selection import select
+from fsmount.oci.soci import INDEX_DIGEST
 from fsmount.registry.source import Source
+
+log = logging.getLogger(__name__)
 
 #: Indexes within indexes; one is usual, and a loop is impossible, but a chain may be made long.
 _DEPTH = 4
@@ -47,11 +51,14 @@ class Image:
         return self.config.created if self.config else None
 
 
-async def open_image(source: Source, digest: Digest, platform: Platform, folder: CacheFolder) -> Image:
+async def open_image(
+    source: Source, digest: Digest, platform: Platform, folder: CacheFolder, *, hints: bool = True
+) -> Image:
     """The image for platform that a manifest is, or an index leads to.
 
     Documents come from the cache folder if they are there, and are kept there: they are small, named by
-    digest, and a known tag then opens without the network.
+    digest, and a known tag then opens without the network. hints: whether its layers may be read by what nobody
+    vouches for.
 
     Raises: NotFound (no such platform), Unsupported, Invalid, and what the source raises.
     """
@@ -67,7 +74,7 @@ async def open_image(source: Source, digest: Digest, platform: Platform, folder:
     document = await _config_document(source, parsed, folder)
     with _named(f"{source.name}@{digest}"):
         config = None if document is None else parse_config(document)
-        return Image(digest, parsed, config, _layers(parsed, config))
+        return Image(digest, parsed, config, _layers(digest, parsed, config, hints=hints))
 
 
 @contextmanager
@@ -99,7 +106,9 @@ async def _config_document(source: Source, manifest: Manifest, folder: CacheFold
     return data
 
 
-def _layers(manifest: Manifest, config: ImageConfig | None) -> tuple[LayerSpec, ...]:
+def _layers(
+    image: Digest, manifest: Manifest, config: ImageConfig | None, *, hints: bool
+) -> tuple[LayerSpec, ...]:
     if len(manifest.layers) > MOST_LAYERS:
         raise Unsupported(f"the image has {len(manifest.layers)} layers; at most {MOST_LAYERS} are read")
     diff_ids: tuple[Digest | None, ...] = (None,) * len(manifest.layers)
@@ -110,20 +119,36 @@ def _layers(manifest: Manifest, config: ImageConfig | None) -> tuple[LayerSpec, 
                 f" names {len(config.diff_ids)}"
             )
         diff_ids = config.diff_ids
-    return tuple(_layer(layer, diff_id) for layer, diff_id in zip(manifest.layers, diff_ids, strict=True))
+    index = manifest.annotations.get(INDEX_DIGEST)
+    try:
+        soci_index = None if index is None else Digest.parse(index)
+    except UsageError:
+        log.warning("image %s names a SOCI index by what is no digest", image)
+        soci_index = None
+    specs = [_layer(layer) for layer in manifest.layers]
+    return tuple(
+        replace(
+            spec,
+            diff_id=diff_id if spec.title is None else None,
+            image=image,
+            soci_index=soci_index,
+            hints=hints,
+        )
+        for spec, diff_id in zip(specs, diff_ids, strict=True)
+    )
 
 
-def _layer(descriptor: Descriptor, diff_id: Digest | None) -> LayerSpec:
+def _layer(descriptor: Descriptor) -> LayerSpec:
     descriptor.refuse_encrypted()
     title = descriptor.annotations.get(TITLE)
     if title is not None and descriptor.annotations.get(UNPACK) != "true":
-        return LayerSpec(descriptor, title=_file_path(title), diff_id=None)
+        return LayerSpec(descriptor, title=_file_path(title))
     if title is None and not _TAR.fullmatch(descriptor.media_type):
         raise Unsupported(
             f"layer {descriptor.digest} is of type {descriptor.media_type[:200]!r}, which is no file tree",
             remedy="Mountable are tar layers, and files and folders as `oras push` makes them.",
         )
-    return LayerSpec(descriptor, diff_id=diff_id)
+    return LayerSpec(descriptor)
 
 
 def _file_path(title: str) -> bytes:

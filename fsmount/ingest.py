@@ -1,17 +1,22 @@
 """Ingest: one pass over a layer's blob, from compressed bytes to chunks and index; the CPU work, free of waiting."""
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from fsmount.archive.codecs import Compression, Decoder, decoder, sniff
+from fsmount.archive.codecs import Compression, Decoder, bounded, decoder, sniff
 from fsmount.archive.entry import Entry, EntryType, Extent
+from fsmount.archive.restarts import RestartDecoder
+from fsmount.archive.span import Restart
+from fsmount.archive.zstream import library
 from fsmount.errors import Corrupt, Invalid, Unsupported
-from fsmount.index import Chunk, IndexBuilder, LayerIndex
+from fsmount.index import Chunk, LayerIndex
+from fsmount.indexing import IndexBuilder
 from fsmount.oci.digest import Digest
 
-#: Inflated bytes fetched, verified, cached and evicted at once.
+#: Inflated bytes fetched, verified, cached and evicted at once: about so many, where the first pass cuts.
 CHUNK_SIZE = 4 * 1024 * 1024
 
 
@@ -26,11 +31,21 @@ class Portion:
 class Inflate:
     """The first stage: hashes the blob, inflates it, finds the members, and cuts chunks.
 
+    A layer that is known is cut as its index says. Else a gzip layer is cut where inflating can begin anew, so
+    that a chunk can be had again from its own part of the blob; and any other every 4 MiB.
     Each method runs in a worker thread, one at a time.
     """
 
-    def __init__(self, digest: Digest, scanner: "Scanner | None", *, is_file: bool, max_output: int) -> None:
-        """scanner: None when the index is already known. is_file: the blob is a file as it is, and no tar."""
+    def __init__(
+        self,
+        digest: Digest,
+        scanner: "Scanner | None",
+        *,
+        is_file: bool,
+        max_output: int,
+        known: LayerIndex | None = None,
+    ) -> None:
+        """scanner: None when the members are known. is_file: the blob is a file as it is, and no tar."""
         self._digest = digest
         self._hash = digest.hasher()
         self._size = 0
@@ -38,13 +53,22 @@ class Inflate:
         self._is_file = is_file
         self._max_output = max_output
         self._decoder: Decoder | None = None
-        self._pieces: Iterator[bytes] = iter(())
-        self._buffer = bytearray(CHUNK_SIZE)
+        self._pieces: Iterator[bytes | memoryview] = iter(())
+        self._rest = memoryview(b"")
+        #: Where chunks end, if it is known; they go on after the last one.
+        self._stops = [chunk.start + chunk.size for chunk in known.chunks] if known is not None else []
+        longest = max((chunk.size for chunk in known.chunks), default=0) if known is not None else 0
+        self._capacity = max(2 * CHUNK_SIZE, longest)
+        self._cuts_itself = known is None
+        self._buffer = bytearray(self._capacity)
+        self._start = 0  # of the chunk being filled, in the inflated layer
         self._filled = 0
         self._spare: list[bytearray] = []
         self._entries: list[Entry] = []
         self._failure: Invalid | Unsupported | None = None
         self.compression = Compression.NONE
+        #: Where in a gzip blob inflating can begin anew, found so far.
+        self.restarts: list[Restart] = []
 
     def push(self, block: bytes) -> None:
         """Takes the next bytes of the blob; `next_portion` must have returned None before.
@@ -58,10 +82,17 @@ class Inflate:
         try:
             if self._decoder is None:
                 self.compression = Compression.NONE if self._is_file else sniff(block)
-                self._decoder = decoder(self.compression, max_output=self._max_output)
+                self._decoder = self._new_decoder()
             self._pieces = self._decoder.feed(block)
         except (Invalid, Unsupported) as error:
             self._failure = error
+
+    def _new_decoder(self) -> Decoder:
+        if self._cuts_itself and self.compression is Compression.GZIP and library() is not None:
+            inner = RestartDecoder(spacing=CHUNK_SIZE)
+            self.restarts = inner.restarts
+            return bounded(inner, max_output=self._max_output)
+        return decoder(self.compression, max_output=self._max_output)
 
     def next_portion(self) -> Portion | None:
         """The next full chunk, or None when more of the blob is needed.
@@ -70,28 +101,44 @@ class Inflate:
         whether it was altered on the way or made wrong.
         """
         try:
-            for piece in self._pieces:
-                if self._scanner is not None:
-                    self._entries += self._scanner.feed(piece)
-                stop = self._filled + len(piece)
-                if stop < CHUNK_SIZE:
-                    self._buffer[self._filled : stop] = piece
-                    self._filled = stop
-                    continue
-                rest = memoryview(piece)[CHUNK_SIZE - self._filled :]
-                self._buffer[self._filled :] = memoryview(piece)[: len(piece) - len(rest)]
-                portion = self._take(CHUNK_SIZE)
-                self._buffer[: len(rest)] = rest
-                self._filled = len(rest)
-                return portion
+            while True:
+                room = self._stop() - self._start - self._filled
+                if not room:
+                    return self._take()
+                if not self._rest:
+                    piece = next(self._pieces, None)
+                    if piece is None:
+                        return None
+                    if self._scanner is not None:
+                        self._entries += self._scanner.feed(piece)
+                    self._rest = memoryview(piece)
+                    continue  # the decoder may have found a place to cut
+                taken = self._rest[:room]
+                self._buffer[self._filled : self._filled + len(taken)] = taken
+                self._filled += len(taken)
+                self._rest = self._rest[room:]
         except Invalid as error:
             self._failure = error
             self._pieces = iter(())
+            self._rest = memoryview(b"")
         return None
 
-    def _take(self, size: int) -> Portion:
-        portion = Portion(memoryview(self._buffer)[:size], self._entries)
-        self._buffer = self._spare.pop() if self._spare else bytearray(CHUNK_SIZE)
+    def _stop(self) -> int:
+        """Where the chunk being filled ends, as far as it is known by now."""
+        number = bisect_right(self._stops, self._start)
+        if number < len(self._stops):
+            return self._stops[number]
+        if not self.restarts:
+            return self._start + CHUNK_SIZE
+        following = bisect_right(self.restarts, self._start, key=lambda restart: restart.out)
+        cut = self._start + self._capacity
+        return min(cut, self.restarts[following].out) if following < len(self.restarts) else cut
+
+    def _take(self) -> Portion:
+        portion = Portion(memoryview(self._buffer)[: self._filled], self._entries)
+        self._start += self._filled
+        self._filled = 0
+        self._buffer = self._spare.pop() if self._spare else bytearray(self._capacity)
         self._entries = []
         return portion
 
@@ -124,31 +171,53 @@ class Inflate:
         if self._failure is not None:
             failure = self._failure
             raise type(failure)(f"layer {self._digest}: {failure.message}", remedy=failure.remedy)
-        return self._take(self._filled)
+        return self._take()
 
 
 class Keep:
-    """The second stage: hashes chunks and indexes members; checks the chunks if the index is known already."""
+    """The second stage: hashes chunks and indexes members; checks the chunks if the index is certified already."""
 
-    def __init__(self, known: LayerIndex | None, builder: IndexBuilder | None) -> None:
-        """One of the two is given."""
-        self._known = known
+    def __init__(
+        self,
+        known: LayerIndex | None,
+        builder: IndexBuilder | None,
+        shown: dict[int, bytes] | None = None,
+    ) -> None:
+        """At least one of the first two is given.
+
+        shown: the sha256 of chunks that were shown on a hint; it takes those that go by now.
+        """
+        self._certified = known if builder is None else None
         self._builder = builder
+        self._shown = shown
         self._hash = hashlib.sha256()
-        self._start = 0
         self._failure: Invalid | None = None
         self.chunks: list[Chunk] = []
+        #: Whether chunks that were shown turned out to be others.
+        self.differs = False
 
-    def add(self, portion: Portion) -> None:
-        """Raises: Corrupt (not the chunk that the index knows)."""
+    @property
+    def stop(self) -> int:
+        """How much of the inflated layer there is by now."""
+        return self.chunks[-1].start + self.chunks[-1].size if self.chunks else 0
+
+    def at(self, offset: int) -> int:
+        """The number of the chunk that holds the byte at offset, which is before `stop`."""
+        return bisect_right(self.chunks, offset, key=lambda chunk: chunk.start) - 1
+
+    def add(self, portion: Portion) -> bytes:
+        """The sha256 of the portion's chunk. Raises: Corrupt (not the chunk that the index knows)."""
         data = portion.data
-        chunk = Chunk(self._start, len(data), hashlib.sha256(data).digest())
-        if self._known is not None and (
-            len(self.chunks) >= len(self._known.chunks) or self._known.chunks[len(self.chunks)] != chunk
+        number = len(self.chunks)
+        sha256 = hashlib.sha256(data).digest()
+        chunk = Chunk(self.stop, len(data), sha256)
+        if self._certified is not None and (
+            number >= len(self._certified.chunks) or self._certified.chunks[number][:3] != chunk[:3]
         ):
-            raise Corrupt(f"chunk {len(self.chunks)} of a layer is not the one that was verified before")
+            raise Corrupt(f"chunk {number} of a layer is not the one that was verified before")
+        if self._shown is not None and self._shown.setdefault(number, sha256) != sha256:
+            self.differs = True
         if data:
-            self._start += len(data)
             self.chunks.append(chunk)
         if self._builder is not None:
             self._hash.update(data)
@@ -157,6 +226,7 @@ class Keep:
                     self._builder.add(portion.entries)
             except Invalid as error:
                 self._failure = error
+        return sha256
 
     def finish(self) -> Digest:
         """The diff ID: the digest of all that was added. Raises: Invalid (the members make no tree)."""
@@ -168,7 +238,7 @@ class Keep:
 class Scanner(Protocol):
     """Finds members in the inflated layer."""
 
-    def feed(self, data: bytes) -> list[Entry]: ...
+    def feed(self, data: bytes | memoryview) -> list[Entry]: ...
     def finish(self) -> None: ...
 
 
@@ -180,7 +250,7 @@ class OneFile:
         self._size = 0
         self._finished = False
 
-    def feed(self, data: bytes) -> list[Entry]:
+    def feed(self, data: bytes | memoryview) -> list[Entry]:
         self._size += len(data)
         if not self._finished:
             return []

@@ -1,6 +1,7 @@
 """Passes: a layer's blob streamed once from its source to chunks and members, while its readers wait and follow."""
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -61,10 +62,13 @@ class Passes:
         Raises: Corrupt, NoSpace (for what the index needs).
         """
         with disk_errors(self.folder):
-            keep.add(portion)
+            sha256 = keep.add(portion)
+        return not portion.data or self.put(key, portion.data, sha256)
+
+    def put(self, key: str, data: bytes | memoryview, sha256: bytes) -> bool:
+        """Stores a chunk; False if there is no space for it, which is logged once. For worker threads."""
         try:
-            if portion.data:
-                self.chunks.put(key, portion.data)
+            self.chunks.put(key, data, sha256)
         except NoSpace as error:
             if not self._warned_full:
                 self._warned_full = True
@@ -87,18 +91,21 @@ class Pass:
     ) -> None:
         """chunk_key names a chunk in the store. known: the complete index, if there is one. is_file: it is no tar."""
         self.known = known
+        #: Whether it found out that no pass is needed.
+        self.skipped = False
         self.keep = Keep(known, None)
         #: Compressed bytes so far.
         self.received = 0
         #: Chunks that can be read by now; the pass goes through them in order.
         self.kept = 0
+        self._stop = 0  # of them, in the inflated layer
         self.done = False
         self.error: FsmountError | None = None
-        #: Chunks somebody waits for, which must be readable even if the disk is full.
-        self.wanted: set[int] = set()
+        #: Where somebody waits for the inflated layer; those chunks must be readable even if the disk is full.
+        self._wanted: Counter[int] = Counter()
         self._passes = passes
         self._descriptor = descriptor
-        self._chunk_key = chunk_key
+        self.chunk_key = chunk_key
         self._is_file = is_file
         self._lot = trio.lowlevel.ParkingLot()
 
@@ -114,13 +121,25 @@ class Pass:
             await self._lot.park()
         self._raise()
 
-    async def wait_kept(self, number: int) -> None:
-        """Returns when the chunk can be read. Raises: the error of the pass."""
-        while self.kept <= number and not self.done:
-            await self._lot.park()
-        if self.kept <= number:
+    async def wait_kept(self, offset: int) -> int | None:
+        """The number of the chunk with that byte of the inflated layer, as soon as it can be read.
+
+        None if no pass was needed. Raises: the error of the pass.
+        """
+        self._wanted[offset] += 1
+        try:
+            while self._stop <= offset and not self.done:
+                await self._lot.park()
+        finally:
+            self._wanted[offset] -= 1
+            if not self._wanted[offset]:
+                del self._wanted[offset]
+        if self._stop <= offset:
             self._raise()
-            raise Corrupt(f"the layer ends before its chunk {number}")
+            if self.skipped:
+                return None
+            raise Corrupt(f"the layer ends before its byte {offset}")
+        return self.keep.at(offset)
 
     async def wait_done(self) -> None:
         """Returns at the end of the pass. Raises: the error of the pass."""
@@ -140,7 +159,9 @@ class Pass:
         scanner: None when the index is known. Raises: Corrupt, Invalid, Unsupported, NoSpace, and what source raises.
         """
         limit = self._passes.max_layer_size or 64 * self._descriptor.size + 2**30
-        inflate = Inflate(self._descriptor.digest, scanner, is_file=self._is_file, max_output=limit)
+        inflate = Inflate(
+            self._descriptor.digest, scanner, is_file=self._is_file, max_output=limit, known=self.known
+        )
         send_blocks, blocks = trio.open_memory_channel[bytes](1)
         send_portions, portions = trio.open_memory_channel[Portion](1)
         with single_error(FsmountError):
@@ -180,16 +201,19 @@ class Pass:
 
     async def _keep(self, portion: Portion) -> None:
         number = self.kept
-        key = self._chunk_key(number)
+        key = self.chunk_key(number)
         stored = await self._passes.in_thread(self._passes.store, self.keep, key, portion)
         if portion.data:
             # A cache of less than a few chunks may have evicted it as soon as it was stored.
-            if number in self.wanted and not (stored and await self._open_stored(number)):
+            stop = self._stop + len(portion.data)
+            wanted = any(self._stop <= offset < stop for offset in self._wanted)
+            if wanted and not (stored and await self._open_stored(number)):
                 self._passes.chunks.hold(key, portion.data)
             self.kept += 1
+            self._stop = stop
         self.step()
 
     async def _open_stored(self, number: int) -> bool:
         """Makes a chunk hot that was stored; False if it is no longer there."""
         sha256 = self.keep.chunks[number].sha256
-        return await self._passes.chunks.open(self._chunk_key(number), sha256) is not None
+        return await self._passes.chunks.open(self.chunk_key(number), sha256) is not None

@@ -79,7 +79,12 @@ def decoder(compression: Compression, *, max_output: int) -> Decoder:
         Compression.GZIP: _GzipDecoder,
         Compression.ZSTD: _ZstdDecoder,
     }
-    return _Bounded(kinds[compression](), max_output)
+    return bounded(kinds[compression](), max_output=max_output)
+
+
+def bounded(inner: Decoder, *, max_output: int) -> Decoder:
+    """The same decoder, but it refuses, with Invalid, to yield more than `max_output` bytes."""
+    return _Bounded(inner, max_output)
 
 
 class _Bounded:

@@ -110,6 +110,20 @@ class TarScanner:
             raise self._invalid(str(problem)) from None
         return found
 
+    @property
+    def wanted(self) -> int:
+        """Where the next bytes begin that matter: those before are a member's data."""
+        return self._at + len(self._held)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end of the archive has gone by: nothing matters after it."""
+        return self._ended
+
+    def skip(self, offset: int) -> None:
+        """Says that the bytes up to offset, which is no more than `wanted`, are there, but will not be fed."""
+        self._offset = offset
+
     def finish(self) -> None:
         """Says that the archive has no more bytes. End blocks, and the last padding, may be missing.
 

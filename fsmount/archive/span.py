@@ -36,6 +36,17 @@ class Kind(enum.StrEnum):
     ZSTD_CHUNKED = "zstd:chunked"
 
 
+class Trust(enum.StrEnum):
+    """What an index is believed on. The values are stored in the layer indexes."""
+
+    #: The whole layer has gone by, and had the digest that its manifest names.
+    CERTIFIED = "certified"
+    #: Digests lead from the manifest to the index, and from it to every chunk.
+    BOUND = "bound"
+    #: Nobody vouches for it until the layer is certified.
+    HINT = "hint"
+
+
 class Restart(NamedTuple):
     """A place in a gzip blob where inflating can begin: a boundary of deflate blocks, or of members.
 

@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -98,14 +98,16 @@ class ChunkStore:
     """Chunks of layers on disk, at most about `size` bytes, the least recently used dropped first.
 
     A chunk is verified against its sha256 when this process first reads it back: the disk, or another
-    process, may have changed it (after a power cut diskcache returned 1,381 wrong values of 25,163).
+    process, may have changed it (after a power cut diskcache returned 1,381 wrong values of 25,163). Where no index
+    knows that digest (of a span of a SOCI index only the compressed bytes have one), it is the one
+    beside the chunk, in the store's database.
     Recent chunks stay open, and reading one is a plain `pread`; an evicted chunk that is open stays readable.
     """
 
     def __init__(self, folder: Path, *, size: int) -> None:
         """Opens at once, whatever is in there; a damaged database is moved aside. Blocks on the disk."""
         self._folder = folder
-        self._size = size
+        self.size = size
         try:
             self._cache = self._connect()
         except (sqlite3.DatabaseError, ValueError) as error:
@@ -129,7 +131,7 @@ class ChunkStore:
         return diskcache.Cache(
             str(self._folder),
             disk=_RawDisk,
-            size_limit=self._size,
+            size_limit=self.size,
             cull_limit=16,
             eviction_policy="least-recently-used",
             statistics=0,
@@ -155,10 +157,10 @@ class ChunkStore:
             self._hot.move_to_end(key)
         return descriptor
 
-    async def open(self, key: str, sha256: bytes) -> int | None:
+    async def open(self, key: str, sha256: bytes | None = None) -> int | None:
         """Makes a stored chunk hot; None if it is not stored, or no longer has that digest (then it is dropped).
 
-        Ownership: as `hot`.
+        sha256: None for the one it was stored with. Ownership: as `hot`.
         """
         dropped = self._dropped.get(key)
         descriptor = await trio.to_thread.run_sync(self._load, key, sha256, limiter=self._limiter)
@@ -167,9 +169,9 @@ class ChunkStore:
             return None
         return None if descriptor is None else self._keep_open(key, descriptor)
 
-    def _load(self, key: str, sha256: bytes) -> int | None:
+    def _load(self, key: str, sha256: bytes | None) -> int | None:
         try:
-            value = self._cache.get(key, read=True)
+            value, tag = self._cache.get(key, read=True, tag=True)
         except (OSError, ValueError, sqlite3.Error, diskcache.Timeout) as error:
             log.warning("chunk %s cannot be read back: %s", key, error)
             return None
@@ -179,7 +181,7 @@ class ChunkStore:
             descriptor = os.dup(value.fileno())
         stamp = _stamp(descriptor)
         if self._verified.get(key) != stamp:
-            if not _has_digest(descriptor, sha256):
+            if _digest(descriptor).hex() != (tag if sha256 is None else sha256.hex()):
                 os.close(descriptor)
                 log.warning("chunk %s is damaged on disk: dropped", key)
                 self._delete_file(key, stamp)
@@ -209,12 +211,12 @@ class ChunkStore:
         except (OSError, ValueError, sqlite3.Error, diskcache.Timeout) as error:
             log.warning("chunk %s cannot be removed: %s", key, error)
 
-    def put(self, key: str, data: bytes | memoryview) -> None:
-        """Stores a chunk whose digest the caller knows. For worker threads. Raises: NoSpace, FsmountError."""
+    def put(self, key: str, data: bytes | memoryview, sha256: bytes) -> None:
+        """Stores a chunk, and its digest beside it. For worker threads. Raises: NoSpace, FsmountError."""
         last = self._cache.disk.last
         last.path = None
         try:
-            self._cache.set(key, data)
+            self._cache.set(key, data, tag=sha256.hex())
         except OSError as error:
             raise from_os_error(error, self._folder) from error
         except (sqlite3.Error, diskcache.Timeout) as error:
@@ -266,9 +268,19 @@ class ChunkStore:
 
         await trio.to_thread.run_sync(cull, limiter=self._limiter)
 
-    def stored(self, keys: list[str]) -> int:
-        """How many of these chunks are on disk. Blocks on the disk, briefly."""
-        return sum(key in self._cache for key in keys)
+    def recorded(self, key: str) -> bytes | None:
+        """The digest that a chunk was stored with; None if it is not stored. Blocks on the disk, briefly."""
+        try:
+            value, tag = self._cache.get(key, read=True, tag=True)
+        except (OSError, ValueError, sqlite3.Error, diskcache.Timeout):
+            return None
+        if value is not None:
+            value.close()
+        return bytes.fromhex(tag) if value is not None and isinstance(tag, str) else None
+
+    def stored(self, keys: Sequence[str]) -> list[bool]:
+        """Which of these chunks are on disk. Blocks on the disk, briefly."""
+        return [key in self._cache for key in keys]
 
 
 _Stamp: TypeAlias = tuple[int, int, int, int]
@@ -280,9 +292,9 @@ def _stamp(descriptor: int) -> _Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _has_digest(descriptor: int, sha256: bytes) -> bool:
+def _digest(descriptor: int) -> bytes:
     with io.FileIO(descriptor, closefd=False) as file:
-        return hashlib.sha256(file.readall()).digest() == sha256
+        return hashlib.sha256(file.readall()).digest()
 
 
 @contextmanager

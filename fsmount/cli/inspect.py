@@ -38,7 +38,7 @@ def inspect(options: ConfigOptions, source: str, platform: str | None, as_json: 
                 "diff_id": index.diff_id,
                 "members": index.members,
                 "chunks": len(index.chunks),
-                "cached_chunks": layer.cached_chunks(),
+                "cached_chunks": sum(layer.stored_chunks()),
             }
         return facts
 

@@ -74,6 +74,9 @@ class FakeSource:
     asked: Counter[str] = field(default_factory=Counter)
     #: What those who asked for a version had found before.
     known: list[Digest | None] = field(default_factory=list)
+    #: From where to where blobs were asked for, and whether they are sent like that.
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    knows_ranges: bool = True
     #: Raised by every question while it is set.
     away: FsmountError | None = None
     #: Every question waits for it while it is set and not open.
@@ -82,6 +85,7 @@ class FakeSource:
     mirrors: int = 0
     _documents: dict[Digest, tuple[str, bytes]] = field(default_factory=dict)
     _blobs: dict[Digest, bytes] = field(default_factory=dict)
+    _referrers: dict[Digest, list[Descriptor]] = field(default_factory=dict)
     _diff_ids: dict[Digest, Digest] = field(default_factory=dict)
     _script: dict[Digest, list[Body]] = field(default_factory=dict)
 
@@ -131,6 +135,13 @@ class FakeSource:
         """The next requests for a blob get these, one each; those after them the truth."""
         self._script.setdefault(blob.digest, []).extend(bodies)
 
+    def put_referrer(self, subject: Digest, manifest: bytes, artifact_type: str) -> None:
+        """A manifest that has another as its subject."""
+        digest = Digest.of(manifest)
+        self._documents[digest] = OCI_MANIFEST, manifest
+        referrer = Descriptor(OCI_MANIFEST, digest, len(manifest), {}, artifact_type=artifact_type)
+        self._referrers.setdefault(subject, []).append(referrer)
+
     def fetched(self, blob: Descriptor) -> int:
         """How often a blob was asked for."""
         return self.asked[f"blob {blob.digest}"]
@@ -165,10 +176,16 @@ class FakeSource:
         self, descriptor: Descriptor, *, start: int = 0, stop: int | None = None
     ) -> AsyncIterator[Bytes]:
         await self._ask(f"blob {descriptor.digest}")
+        self.ranges.append((start, descriptor.size if stop is None else stop))
         script = self._script.get(descriptor.digest)
         body = script.pop(0) if script else Body()
         data = self._blobs[descriptor.digest] if body.data is None else body.data
-        async with aclosing(_Pieces(start, self._pieces(data[:stop], body, start))) as pieces:
+        if not self.knows_ranges and stop is not None:
+            start, stop = 0, None
+        pieces = _Pieces(
+            start, descriptor.size if stop is None else stop, self._pieces(data[:stop], body, start)
+        )
+        async with aclosing(pieces):
             yield pieces
 
     def distrust(self, descriptor: Descriptor) -> bool:
@@ -178,7 +195,8 @@ class FakeSource:
 
     async def referrers(self, digest: Digest, artifact_type: str | None = None) -> list[Descriptor]:
         await self._ask(f"referrers {digest}")
-        return []
+        found = self._referrers.get(digest, [])
+        return [one for one in found if artifact_type in (None, one.artifact_type)]
 
     async def small_blob(self, descriptor: Descriptor) -> bytes:
         return await read_small(self, descriptor)
@@ -209,10 +227,11 @@ class FakeSource:
 
 
 class _Pieces:
-    """The pieces of a blob, which says where it begins."""
+    """The pieces of a blob, which say where in it they begin and stop."""
 
-    def __init__(self, offset: int, pieces: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, offset: int, stop: int, pieces: AsyncGenerator[bytes, None]) -> None:
         self.offset = offset
+        self.stop = stop
         self._pieces = pieces
 
     def __aiter__(self) -> "_Pieces":
@@ -232,10 +251,9 @@ def _described(blob: Descriptor) -> dict[str, object]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 KiB, so that small layers have many; and what a layer shows is seen at once."""
     monkeypatch.setattr("fsmount.ingest.CHUNK_SIZE", CHUNK)
-    monkeypatch.setattr("fsmount.layer.CHUNK_SIZE", CHUNK)
     monkeypatch.setattr("fsmount.passes._BLOCK_SIZE", 1024)
     monkeypatch.setattr(codecs, "PIECE_SIZE", 1024)
-    monkeypatch.setattr("fsmount.index._PENDING_SECONDS", 0)
+    monkeypatch.setattr("fsmount.indexing._PENDING_SECONDS", 0)
 
 
 @asynccontextmanager

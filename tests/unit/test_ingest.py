@@ -13,7 +13,8 @@ from fsmount.archive.codecs import Compression
 from fsmount.archive.entry import Entry, EntryType, Extent
 from fsmount.archive.scan import TarScanner
 from fsmount.errors import Corrupt, FsmountError, Invalid, Unsupported
-from fsmount.index import Chunk, IndexBuilder, LayerIndex
+from fsmount.index import Chunk, LayerIndex
+from fsmount.indexing import IndexBuilder
 from fsmount.ingest import Inflate, Keep, OneFile, Portion
 from fsmount.oci.digest import Digest
 from tests.fakes.source import CHUNK, small_chunks
@@ -60,7 +61,11 @@ def test_the_portions_are_full_chunks_and_a_rest_with_every_member(
     found = [
         (bytes(one.data), [entry.path for entry in one.entries]) for one in portions(inflate, blob, step)
     ]
-    assert [data for data, _ in found] == [TAR[at : at + CHUNK] for at in range(0, len(TAR), CHUNK)]
+    if compression is Compression.GZIP:  # cut where a block ends, or else at twice the size
+        assert b"".join(data for data, _ in found) == TAR
+        assert max(len(data) for data, _ in found) <= 2 * CHUNK
+    else:
+        assert [data for data, _ in found] == [TAR[at : at + CHUNK] for at in range(0, len(TAR), CHUNK)]
     assert [path for _, paths in found for path in paths] == PATHS
     assert found[0][1] == [b"first"], "a member is known as soon as its header has gone by"
     assert inflate.compression is compression
@@ -140,7 +145,7 @@ def known_of(tar: bytes, path: Path) -> LayerIndex:
     keep = Keep(None, builder)
     for portion in portions(inflate_of(tar), tar):
         keep.add(portion)
-    builder.finish(keep.chunks, {})
+    builder.finish(keep.chunks, {"space": ""})
     builder.close()
     index = LayerIndex.open(path)
     assert index is not None
@@ -148,9 +153,8 @@ def known_of(tar: bytes, path: Path) -> LayerIndex:
 
 
 def test_the_first_pass_makes_the_chunks_the_members_and_the_diff_id(builder: IndexBuilder) -> None:
-    blob = gzip.compress(TAR)
     keep = Keep(None, builder)
-    for number, portion in enumerate(portions(inflate_of(blob), blob)):
+    for number, portion in enumerate(portions(inflate_of(TAR), TAR)):
         keep.add(portion)
         assert (builder.index.name(0, b"second") is not None) == (number == 2)
     assert keep.finish() == Digest.of(TAR)

@@ -1,5 +1,6 @@
 """What a layer promises its readers: one stream for all, never a wrong byte, nothing left of what went wrong."""
 
+import hashlib
 import logging
 import os
 import threading
@@ -16,7 +17,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from fsmount.cache import database
 from fsmount.cache.chunks import ChunkStore, open_chunk_store
 from fsmount.errors import Corrupt, FsmountError, Invalid, NoSpace, NotFound, Unreachable
-from fsmount.layer import Layer, LayerSpec
+from fsmount.ingest import Keep, Portion
+from fsmount.layer import Layer
+from fsmount.lazy import LayerSpec
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
 from tests.fakes.source import CHUNK, Body, FakeSource, Gate, open_layers, small_chunks
@@ -212,7 +215,7 @@ async def test_nothing_of_a_condemned_layer_stays_and_it_is_not_fetched_again_fo
             await wait_all_tasks_blocked()
             gate.open()
         assert_nothing_is_kept(tmp_path, layer)
-        assert layers.chunks.hot(f"{layer.key}/0") is None
+        assert layers.chunks.hot(layer.chunk_key(0)) is None
         with pytest.raises(Corrupt):
             layers.numbered(number)
         assert layer.number != number and layers.numbered(layer.number) is layer
@@ -469,17 +472,17 @@ async def test_chunks_left_by_a_process_that_was_killed_are_not_believed(
     tmp_path: Path, source: FakeSource, blob: Descriptor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_layers(tmp_path) as layers:
-        key = layers.get(LayerSpec(blob), source).key
+        layer = layers.get(LayerSpec(blob), source)
         for number in range(7):
-            layers.chunks.put(f"{key}/{number}", b"x" * CHUNK)
+            layers.chunks.put(layer.chunk_key(number), b"x" * CHUNK, hashlib.sha256(b"x" * CHUNK).digest())
     # Nor if they cannot be replaced.
     monkeypatch.setattr("fsmount.passes.Passes.store", _only_indexed)
     async with open_layers(tmp_path) as layers:
         assert await layers.get(LayerSpec(blob), source).read_stream(0, len(TAR)) == TAR
 
 
-def _only_indexed(self: object, keep: object, key: str, portion: object) -> bool:
-    keep.add(portion)  # type: ignore[attr-defined]
+def _only_indexed(self: object, keep: Keep, key: str, portion: Portion) -> bool:
+    keep.add(portion)
     return False
 
 

@@ -13,7 +13,8 @@ from trio.testing import wait_all_tasks_blocked
 from fsmount import tree as tree_module
 from fsmount.archive.entry import EntryType
 from fsmount.errors import Corrupt, FsmountError, Invalid, NoSpace, NotFound, Unreachable
-from fsmount.layer import Layers, LayerSpec
+from fsmount.layer import Layers
+from fsmount.lazy import LayerSpec
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
 from fsmount.overlay import Node, Overlay

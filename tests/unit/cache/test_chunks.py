@@ -33,6 +33,10 @@ def store(folder: Path) -> Iterator[ChunkStore]:
         yield store
 
 
+def put(store: ChunkStore, key: str, data: bytes | memoryview) -> None:
+    store.put(key, data, hashlib.sha256(data).digest())
+
+
 def files(folder: Path) -> list[Path]:
     return list(folder.rglob("*.val"))
 
@@ -54,11 +58,11 @@ def content(descriptor: int | None) -> bytes | None:
 
 
 async def test_a_chunk_is_read_back_by_this_process_and_by_others(folder: Path, store: ChunkStore) -> None:
-    store.put("a", memoryview(GOOD))
+    put(store, "a", memoryview(GOOD))
     assert store.hot("a") is None
     assert content(await store.open("a", SHA256)) == content(store.hot("a")) == GOOD
     assert await store.open("b", SHA256) is None
-    assert store.stored(["a", "b"]) == 1
+    assert sum(store.stored(["a", "b"])) == 1
     with open_chunk_store(folder, size=10**9) as other:
         assert content(await other.open("a", SHA256)) == GOOD
 
@@ -67,33 +71,46 @@ async def test_a_chunk_is_read_back_by_this_process_and_by_others(folder: Path, 
 async def test_a_chunk_of_another_digest_counts_as_absent_and_is_dropped(
     folder: Path, store: ChunkStore, data: bytes
 ) -> None:
-    store.put("a", GOOD)
+    put(store, "a", GOOD)
     files(folder)[0].write_bytes(data)
     with open_chunk_store(folder, size=10**9) as other:
         assert await other.open("a", SHA256) is None
         assert other.hot("a") is None
     assert files(folder) == []
-    store.put("a", GOOD)
+    put(store, "a", GOOD)
     assert content(await store.open("a", SHA256)) == GOOD
 
 
 async def test_what_another_process_has_stored_over_a_chunk_is_checked_too(
     folder: Path, store: ChunkStore
 ) -> None:
-    store.put("a", GOOD)
+    put(store, "a", GOOD)
     with open_chunk_store(folder, size=10**9) as other:
-        other.put("a", BAD)
+        put(other, "a", BAD)
     assert await store.open("a", SHA256) is None
+
+
+async def test_where_nobody_else_knows_a_digest_the_one_beside_the_chunk_tells_damage(
+    folder: Path, store: ChunkStore
+) -> None:
+    put(store, "a", GOOD)
+    with open_chunk_store(folder, size=10**9) as other:
+        assert content(await other.open("a")) == GOOD
+    (path,) = files(folder)
+    path.write_bytes(BAD)
+    with open_chunk_store(folder, size=10**9) as other:
+        assert await other.open("a") is None
+        assert other.stored(["a"]) == [False]
 
 
 async def test_dropping_forgets_the_file_and_the_descriptor(folder: Path, store: ChunkStore) -> None:
     for key in "ab":
-        store.put(key, GOOD)
+        put(store, key, GOOD)
         await store.open(key, SHA256)
     store.hold("c", GOOD)
     await store.drop(["a", "c", "never stored"])
     assert [store.hot(key) is None for key in "abc"] == [True, False, True]
-    assert store.stored(["a", "b", "c"]) == len(files(folder)) == open_chunks() == 1
+    assert sum(store.stored(["a", "b", "c"])) == len(files(folder)) == open_chunks() == 1
 
 
 async def test_a_chunk_that_is_held_lives_in_memory(folder: Path, store: ChunkStore) -> None:
@@ -108,7 +125,7 @@ async def test_the_least_recent_descriptors_are_closed_and_closing_closes_all(
     monkeypatch.setattr("fsmount.cache.chunks.HOT_CHUNKS", 2)
     with open_chunk_store(folder, size=10**9) as store:
         for key in "abc":
-            store.put(key, GOOD)
+            put(store, key, GOOD)
         for key in "abac":
             await store.open(key, SHA256)
         assert [store.hot(key) is None for key in "abc"] == [False, True, False]
@@ -140,7 +157,7 @@ class Held:
 async def test_a_chunk_that_is_dropped_while_it_is_opened_is_not_open_afterwards(
     store: ChunkStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.put("a", BAD)
+    put(store, "a", BAD)
     held = Held(store._load)
     monkeypatch.setattr(store, "_load", held)
     async with trio.open_nursery() as nursery:
@@ -154,16 +171,16 @@ async def test_a_chunk_that_is_dropped_while_it_is_opened_is_not_open_afterwards
 async def test_a_chunk_that_is_stored_while_a_damaged_one_is_checked_stays(
     folder: Path, store: ChunkStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.put("a", BAD)
-    held = Held(lambda descriptor, sha256: False)
-    monkeypatch.setattr("fsmount.cache.chunks._has_digest", held)
+    put(store, "a", BAD)
+    held = Held(lambda descriptor: b"another")
+    monkeypatch.setattr("fsmount.cache.chunks._digest", held)
     with open_chunk_store(folder, size=10**9) as other:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other.open, "a", SHA256)
             await held.entered.wait()
-            store.put("a", GOOD)
+            put(store, "a", GOOD)
             held.proceed.set()
-    assert store.stored(["a"]) == 1
+    assert sum(store.stored(["a"])) == 1
 
 
 def test_a_folder_that_another_process_removes_as_empty_is_made_again(
@@ -179,8 +196,8 @@ def test_a_folder_that_another_process_removes_as_empty_is_made_again(
             os.rmdir(path)
 
     monkeypatch.setattr(os, "makedirs", make_and_lose)
-    store.put("a", GOOD)
-    assert removed and store.stored(["a"]) == 1
+    put(store, "a", GOOD)
+    assert removed and sum(store.stored(["a"])) == 1
 
 
 # -------------------- size
@@ -193,7 +210,7 @@ def test_the_store_stays_within_its_size_also_when_that_has_changed(folder: Path
         size = empty + chunks * len(GOOD)
         with open_chunk_store(folder, size=size) as store:
             for number in range(100):
-                store.put(f"{chunks}/{number}", GOOD)
+                put(store, f"{chunks}/{number}", GOOD)
             assert store.volume <= size
             assert chunks - 20 < len(files(folder)) < chunks
 
@@ -204,20 +221,20 @@ async def test_the_least_recently_read_goes_first(folder: Path) -> None:
         size = store.volume + 35 * len(GOOD)
     with open_chunk_store(folder, size=size) as store:
         for key in keys[:30]:
-            store.put(key, GOOD)
+            put(store, key, GOOD)
         for key in ("0", "3"):
             await store.open(key, SHA256)
         for key in keys[30:]:
-            store.put(key, GOOD)
-        assert store.stored(["0", "3", "39"]) == 3
-        assert store.stored(["1", "2", "4"]) == 0
+            put(store, key, GOOD)
+        assert sum(store.stored(["0", "3", "39"])) == 3
+        assert sum(store.stored(["1", "2", "4"])) == 0
 
 
 async def test_an_evicted_chunk_that_is_open_stays_readable(folder: Path, store: ChunkStore) -> None:
-    store.put("a", GOOD)
+    put(store, "a", GOOD)
     await store.open("a", SHA256)
     with open_chunk_store(folder, size=1) as other:
-        other.put("b", GOOD)
+        put(other, "b", GOOD)
     assert files(folder) == []
     assert content(store.hot("a")) == GOOD
 
@@ -235,7 +252,7 @@ def test_a_full_disk_is_no_space_and_leaves_no_half_a_chunk(
 
         with monkeypatch.context() as patch, pytest.raises(kind) as caught:
             patch.setattr(os, "write", fail)
-            store.put("a", GOOD)
+            put(store, "a", GOOD)
         assert type(caught.value) is kind
         assert files(folder) == []
 
@@ -245,7 +262,7 @@ def test_a_database_that_finds_no_space_is_no_space_and_leaves_no_chunk_that_nob
 ) -> None:
     store._cache._sql("PRAGMA max_page_count=1")
     with pytest.raises(NoSpace):
-        store.put("a" * 10_000, GOOD)
+        put(store, "a" * 10_000, GOOD)
     assert files(folder) == []
 
 
@@ -266,7 +283,7 @@ async def test_a_pickle_that_somebody_planted_is_never_run(
 ) -> None:
     ran = tmp_path / "ran"
     payload = pickle.dumps(Payload(ran))
-    store.put("a", GOOD)
+    put(store, "a", GOOD)
     with sqlite3.connect(folder / "cache.db") as database:
         if column == "value":
             database.execute("UPDATE Cache SET mode = 4, filename = NULL, value = ?", (payload,))
@@ -278,7 +295,7 @@ async def test_a_pickle_that_somebody_planted_is_never_run(
     database.close()
     with open_chunk_store(folder, size=10**9) as other:
         assert await other.open("a", SHA256) is None
-        other.put("a", GOOD)
+        put(other, "a", GOOD)
         assert content(await other.open("a", SHA256)) == GOOD
         await other.drop(["a"])
     assert not ran.exists()
@@ -289,14 +306,14 @@ async def test_a_pickle_that_somebody_planted_is_never_run(
 @pytest.mark.parametrize("value", [1, None, "text", [GOOD]])
 def test_nothing_but_bytes_is_stored(folder: Path, store: ChunkStore, value: object) -> None:
     with pytest.raises(TypeError):
-        store.put("a", value)  # type: ignore[arg-type]
+        store.put("a", value, SHA256)  # type: ignore[arg-type]
     assert files(folder) == []
 
 
 @pytest.mark.parametrize("key", [1, b"a", ("a",), None])
 def test_keys_are_text(store: ChunkStore, key: object) -> None:
     with pytest.raises(TypeError):
-        store.put(key, GOOD)  # type: ignore[arg-type]
+        put(store, key, GOOD)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -315,16 +332,16 @@ async def test_a_damaged_database_is_moved_aside_and_the_store_opens_empty(
 ) -> None:
     with open_chunk_store(folder, size=10**9) as store:
         for number in range(100):
-            store.put(str(number), GOOD)
+            put(store, str(number), GOOD)
     database = folder / "cache.db"
     for path in folder.glob("cache.db-*"):
         path.unlink()
     database.write_bytes(damage(database.read_bytes()))
     for _ in range(2):
         with open_chunk_store(folder, size=10**9) as store:
-            store.put("a", GOOD)
+            put(store, "a", GOOD)
             assert content(await store.open("a", SHA256)) == GOOD
-            assert store.stored([str(number) for number in range(100)]) == 0
+            assert sum(store.stored([str(number) for number in range(100)])) == 0
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -332,7 +349,7 @@ def test_chunks_are_readable_by_their_owner_alone(folder: Path) -> None:
     before = os.umask(0)
     try:
         with open_chunk_store(folder, size=10**9) as store:
-            store.put("a", GOOD)
+            put(store, "a", GOOD)
     finally:
         os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -342,7 +359,7 @@ def test_chunks_are_readable_by_their_owner_alone(folder: Path) -> None:
 async def test_a_store_that_is_to_be_smaller_than_it_was_is_trimmed(folder: Path) -> None:
     with open_chunk_store(folder, size=10**9) as store:
         for number in range(100):
-            store.put(f"key/{number}", GOOD)
+            put(store, f"key/{number}", GOOD)
         before = store.volume
     with open_chunk_store(folder, size=before // 2) as store:
         await store.trim()

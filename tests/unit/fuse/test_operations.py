@@ -29,6 +29,7 @@ from fsmount.layer import Layers
 from fsmount.oci.manifest import Descriptor
 from fsmount.oci.platform import Platform
 from fsmount.registry.layout import Layout
+from fsmount.registry.source import Bytes
 from tests import peers
 from tests.fakes.tar import BLOCK_DEVICE, CHAR, DIRECTORY, HARDLINK, SYMLINK, Member, archive
 
@@ -66,18 +67,31 @@ class _Held(Layout):
         self.go_on = trio.Event()
 
     @asynccontextmanager
-    async def blob(self, descriptor: Descriptor, *, start: int = 0) -> AsyncIterator[AsyncIterator[bytes]]:
-        async with super().blob(descriptor, start=start) as pieces:
-            yield self._held(pieces)
+    async def blob(
+        self, descriptor: Descriptor, *, start: int = 0, stop: int | None = None
+    ) -> AsyncIterator[Bytes]:
+        # All of it, whatever is asked: so the layer is streamed.
+        async with super().blob(descriptor) as pieces:
+            yield _HeldPieces(self, pieces)
 
-    async def _held(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        size = 0
-        async for piece in pieces:
-            if size >= 5 * _MIB:
-                self.held.set()
-                await self.go_on.wait()
-            size += len(piece)
-            yield piece
+
+class _HeldPieces:
+    def __init__(self, source: _Held, pieces: Bytes) -> None:
+        self.offset, self.stop = pieces.offset, pieces.stop
+        self._source = source
+        self._pieces = pieces
+        self._size = 0
+
+    def __aiter__(self) -> "_HeldPieces":
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = await anext(self._pieces)
+        if self._size >= 5 * _MIB:
+            self._source.held.set()
+            await self._source.go_on.wait()
+        self._size += len(piece)
+        return piece
 
 
 @pytest.fixture

@@ -1,0 +1,424 @@
+"""Fetcher: the chunks of a layer that can be had alone, each fetched once however many want it, neighbours together."""
+
+import hashlib
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from itertools import groupby
+
+import trio
+
+from fsmount.archive.inflate import check_span, inflate_span
+from fsmount.archive.span import Codec, Span, Trust
+from fsmount.errors import Corrupt, FsmountError
+from fsmount.index import Chunk, LayerIndex
+from fsmount.oci.manifest import Descriptor
+from fsmount.passes import Passes
+from fsmount.registry.source import Bytes, Source
+
+log = logging.getLogger(__name__)
+
+#: Inflated bytes that are fetched ahead of a sequential reader, at most.
+_AHEAD = 16 * 1024 * 1024
+#: Compressed bytes that completing a layer asks for at once, and how many such requests there are side by side.
+_STRIDE = 16 * 1024 * 1024
+_PARALLEL = 4
+#: Compressed bytes between two wanted chunks that are fetched, and dropped, rather than asked around.
+_GAP = 64 * 1024
+#: Sequential readers of one layer that are followed.
+_READERS = 16
+#: Seconds during which a chunk that was not what it should be is not fetched again.
+_REFUSED_SECONDS = 10
+
+
+class RangesIgnored(FsmountError):
+    """The server sends the whole blob for any part of it, and nothing vouches for the parts."""
+
+
+class Traffic:
+    """Who may fetch now: what readers wait for goes before what is fetched in the background."""
+
+    def __init__(self) -> None:
+        self._waited_for: Counter[str] = Counter()
+        self._in_background: Counter[str] = Counter()
+        self._lot = trio.lowlevel.ParkingLot()
+
+    @asynccontextmanager
+    async def turn(self, source: str, run: "_Run") -> AsyncIterator[None]:
+        """Waits until a run may ask its source; what somebody waits for need not."""
+        while not run.urgent and (self._waited_for[source] or self._in_background[source] >= _PARALLEL):
+            await self._lot.park()
+        active = self._waited_for if run.urgent else self._in_background
+        active[source] += 1
+        try:
+            yield
+        finally:
+            active[source] -= 1
+            self.wake()
+
+    def wake(self) -> None:
+        """Says that something has changed for those who wait."""
+        self._lot.unpark_all()
+
+
+class _Run:
+    """Neighbouring chunks that come with one request."""
+
+    def __init__(self, numbers: Sequence[int], *, urgent: bool, rate: float | None = None) -> None:
+        """rate: bytes a second while nobody waits for any of it."""
+        self.numbers = list(numbers)
+        self.urgent = urgent
+        self.rate = rate
+        #: Chunks somebody waits for, which must be readable even if the disk is full.
+        self.wanted: set[int] = set()
+        self.left = set(self.numbers)
+        self.done = False
+        self.error: FsmountError | None = None
+        self._lot = trio.lowlevel.ParkingLot()
+
+    def step(self) -> None:
+        """Wakes everyone who waits: something more is here."""
+        self._lot.unpark_all()
+
+    async def wait(self, number: int) -> None:
+        """Returns when the chunk can be read. Raises: what ended the run."""
+        self.wanted.add(number)
+        while number in self.left and not self.done:
+            await self._lot.park()
+        if number in self.left:
+            self._raise()
+
+    async def wait_done(self) -> None:
+        """Returns at the end of the run. Raises: what ended it."""
+        while not self.done:
+            await self._lot.park()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error.with_traceback(None)  # or every reader would make it longer
+
+
+class Fetcher:
+    """Fetches chunks by the spans that an index gives, and keeps them in the chunk store.
+
+    A server that answers a range with the whole blob is read to its end once, for all who wait, if each
+    chunk can be told right from wrong by itself. What has begun goes on when those who wanted it have left.
+    """
+
+    def __init__(
+        self,
+        descriptor: Descriptor,
+        index: LayerIndex,
+        chunk_key: Callable[[int], str],
+        source: Callable[[], Source],
+        passes: Passes,
+        traffic: Traffic,
+        nursery: trio.Nursery,
+        *,
+        shown: dict[int, bytes],
+    ) -> None:
+        """chunk_key names a chunk in the store. source: the place to fetch from now.
+
+        shown: takes the sha256 of chunks that are shown although nobody vouches for them.
+        """
+        self.index = index
+        #: Compressed bytes that came over the network.
+        self.fetched = 0
+        #: Whether the server was seen to send more than the range that it was asked for.
+        self.ignored = False
+        self._shown = shown
+        self._descriptor = descriptor
+        self._key = chunk_key
+        self._source = source
+        self._passes = passes
+        self._traffic = traffic
+        self._nursery = nursery
+        self._coming: dict[int, _Run] = {}
+        self._whole: _Run | None = None
+        self._refused: dict[int, tuple[float, Corrupt]] = {}
+        self._demanded = 0  # compressed bytes that readers waited for
+        self._completing = False
+        #: Chunks that were here when they were last looked at.
+        self._seen: set[int] = set()
+        #: Where readers are expected next, and how many inflated bytes each has read in a row.
+        self._readers: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is on its way."""
+        return bool(self._coming) or self._completing
+
+    # What readers ask for
+
+    async def bring(self, number: int) -> None:
+        """Returns when the chunk can be opened: it is hot, unless the disk was full or it went by before.
+
+        Raises: Corrupt, RangesIgnored, and what the source raises.
+        """
+        until, error = self._refused.get(number, (0.0, None))
+        if error is not None and trio.current_time() < until:
+            raise error.with_traceback(None)
+        run = self._coming.get(number)
+        if run is None:
+            run = self._start([number, *self._neighbours(number, self._window(number))], urgent=True)
+            chunk = self.index.chunks[number]
+            self._demanded += chunk.blob_stop - chunk.blob_start
+            if 2 * self._demanded > self._descriptor.size and not self._completing and self.fits:
+                self._completing = True
+                self._nursery.start_soon(self._complete_quietly)
+        elif not run.urgent:
+            run.urgent = True
+            self._traffic.wake()
+        await run.wait(number)
+
+    def follow(self, number: int) -> None:
+        """Takes note that a reader has come to a chunk; one that reads on and on finds what comes next already here."""
+        chunk = self.index.chunks[number]
+        read = self._readers.pop(number, 0) + chunk.size
+        self._readers[number + 1] = read
+        if len(self._readers) > _READERS:
+            self._readers.popitem(last=False)
+        window = self._window(number)
+        if window:
+            stop = self.index.chunk_at(chunk.start + chunk.size + window)
+            ahead = range(number + 1, stop)
+            missing = [one for one in ahead if one not in self._coming and one not in self._seen]
+            # A request for every single chunk would wait for every single answer.
+            if len(missing) * 2 > len(ahead):
+                self._start(missing, urgent=False)
+
+    def _window(self, number: int) -> int:
+        """How many inflated bytes are worth fetching beyond a chunk: half of what its reader has read in a row."""
+        return min(self._readers.get(number + 1, 0) // 2, _AHEAD)
+
+    def _neighbours(self, number: int, size: int) -> list[int]:
+        """The chunks after one that are not on their way, have so many inflated bytes, and can come with it."""
+        chunks = self.index.chunks
+        found: list[int] = []
+        previous = chunks[number]
+        for following in range(number + 1, len(chunks)):
+            chunk = chunks[following]
+            size -= chunk.size
+            if size < 0 or following in self._coming or not _continues(previous, chunk):
+                break
+            found.append(following)
+            previous = chunk
+        return found
+
+    # Completing
+
+    @property
+    def fits(self) -> bool:
+        """Whether the cache can hold the layer, and something else besides."""
+        return 2 * self.index.inflated_size <= self._passes.chunks.size
+
+    async def complete(self, *, rate: float | None = None) -> None:
+        """Fetches all chunks that are not stored, in the background, at most so many bytes a second.
+
+        Raises: as `bring`.
+        """
+        self._completing = True
+        try:
+            keys = [self._key(number) for number in range(len(self.index.chunks))]
+            stored = await self._passes.in_thread(self._passes.chunks.stored, keys)
+            runs = iter(self._strides([number for number, is_here in enumerate(stored) if not is_here]))
+            async with trio.open_nursery() as nursery:
+                for _ in range(_PARALLEL if rate is None else 1):
+                    nursery.start_soon(self._complete_strides, runs, rate)
+        finally:
+            self._completing = False
+
+    async def _complete_strides(self, runs: Iterable[list[int]], rate: float | None) -> None:
+        for numbers in runs:
+            missing = [number for number in numbers if number not in self._coming]
+            if missing:
+                await self._start(missing, urgent=False, rate=rate).wait_done()
+
+    async def _complete_quietly(self) -> None:
+        """The rest of a layer of which more than half was asked for; nobody waits for it."""
+        try:
+            await self.complete()
+        except* FsmountError as group:
+            log.info("completing layer %s: %s", self._descriptor.digest, group.exceptions[0])
+
+    def _strides(self, numbers: Iterable[int]) -> Iterable[list[int]]:
+        """Chunks joined to what one request may bring."""
+        chunks = self.index.chunks
+        stride: list[int] = []
+        for number in numbers:
+            if stride and not (
+                _continues(chunks[stride[-1]], chunks[number])
+                and chunks[number].blob_stop - chunks[stride[0]].blob_start <= _STRIDE
+            ):
+                yield stride
+                stride = []
+            stride.append(number)
+        if stride:
+            yield stride
+
+    # Fetching
+
+    def _start(self, numbers: list[int], *, urgent: bool, rate: float | None = None) -> _Run:
+        run = _Run(numbers, urgent=urgent, rate=rate)
+        for number in numbers:
+            self._coming[number] = run
+        self._nursery.start_soon(self._fly, run)
+        return run
+
+    async def _fly(self, run: _Run) -> None:
+        """One run; its outcome goes to whoever waits for it, and only Cancelled leaves here."""
+        source = self._source()
+        try:
+            async with self._traffic.turn(source.name, run):
+                await self._drop_stored(run)
+                while run.left:
+                    try:
+                        await self._fetch(run, source)
+                    except Corrupt:
+                        # If a mirror sent it, the next one may do better.
+                        if not source.distrust(self._descriptor):
+                            raise
+        except FsmountError as error:
+            run.error = error
+        except Exception as error:
+            log.exception("fetching of layer %s failed in a way nobody foresaw", self._descriptor.digest)
+            run.error = FsmountError(
+                f"layer {self._descriptor.digest} failed: {type(error).__name__}: {error}"
+            )
+        finally:
+            if self._whole is run:
+                self._whole = None
+            for number in run.left:
+                self._forget(run, number)
+            run.done = True
+            run.step()
+
+    def _forget(self, run: _Run, number: int) -> None:
+        if self._coming.get(number) is run:
+            del self._coming[number]
+
+    async def _drop_stored(self, run: _Run) -> None:
+        """Takes out of a run what is fetched ahead, and is here already."""
+        ahead = [number for number in run.numbers if number not in run.wanted]
+        if not ahead:
+            return
+        keys = [self._key(number) for number in ahead]
+        stored = await self._passes.in_thread(self._passes.chunks.stored, keys)
+        for number, is_here in zip(ahead, stored, strict=True):
+            if is_here and number not in run.wanted:
+                self._deliver(run, number)
+        run.numbers = [number for number in run.numbers if number in run.left]
+
+    async def _fetch(self, run: _Run, source: Source) -> None:
+        """What is left of a run up to the first gap, with one request."""
+        chunks = self.index.chunks
+        numbers = next(iter(self._strides(number for number in run.numbers if number in run.left)))
+        start, stop = chunks[numbers[0]].blob_start, chunks[numbers[-1]].blob_stop
+        async with source.blob(self._descriptor, start=start, stop=stop) as pieces:
+            if (pieces.offset, pieces.stop) == (start, stop):
+                await self._take(run, pieces, numbers)
+                return
+            self._warn_ignored(source)
+            if self.index.trust is Trust.HINT:
+                raise RangesIgnored(f"{source.name} sends whole blobs where parts are asked for")
+            if self._whole is None:
+                self._whole = run
+                everything = sorted(range(len(chunks)), key=lambda number: chunks[number].blob_start)
+                # Other runs find it out with their own answers, and then wait for this one.
+                run.left = {number for number in everything if self._coming.setdefault(number, run) is run}
+                await self._take(run, pieces, everything)
+                return
+        await self._whole.wait_done()
+
+    def _warn_ignored(self, source: Source) -> None:
+        if not self.ignored:
+            self.ignored = True
+            log.warning(
+                "%s sends all of layer %s where a part is asked for: it cannot be read lazily",
+                source.name,
+                self._descriptor.digest,
+            )
+
+    async def _take(self, run: _Run, pieces: Bytes, numbers: Sequence[int]) -> None:
+        """Cuts the chunks out of what comes, which is ascending."""
+        buffer = bytearray()
+        base = pieces.offset
+        for number in numbers:
+            chunk = self.index.chunks[number]
+            while base + len(buffer) < chunk.blob_stop:
+                piece = await anext(pieces, None)
+                if piece is None:
+                    raise Corrupt(f"layer {self._descriptor.digest} ends before byte {chunk.blob_stop}")
+                self.fetched += len(piece)
+                buffer += piece
+                if run.rate is not None and not run.urgent:
+                    await trio.sleep(len(piece) / run.rate)
+                unwanted = min(chunk.blob_start - base, len(buffer))
+                if unwanted > 0:
+                    del buffer[:unwanted]
+                    base += unwanted
+            data = bytes(memoryview(buffer)[chunk.blob_start - base : chunk.blob_stop - base])
+            await self._keep(run, number, data)
+
+    async def _keep(self, run: _Run, number: int, data: bytes) -> None:
+        key = self._key(number)
+        chunk = self.index.chunks[number]
+        spans = self.index.spans(number)
+
+        def decode_and_store() -> tuple[bytes, bytes, bool]:
+            inflated = _decode(self.index.codec, spans, data, chunk.blob_start)
+            sha256 = hashlib.sha256(inflated).digest()
+            if len(inflated) != chunk.size or chunk.sha256 not in (None, sha256):
+                raise Corrupt("it is not the chunk that was verified before")
+            return inflated, sha256, self._passes.put(key, inflated, sha256)
+
+        try:
+            inflated, sha256, stored = await self._passes.in_thread(decode_and_store)
+        except Corrupt as error:
+            failure = Corrupt(f"layer {self._descriptor.digest}, chunk {number}: {error.message}")
+            self._refused[number] = trio.current_time() + _REFUSED_SECONDS, failure
+            raise failure from None
+        if self.index.trust is Trust.HINT and self._shown.setdefault(number, sha256) != sha256:
+            raise Corrupt(f"layer {self._descriptor.digest}, chunk {number}: it was another one before")
+        for one in {run, self._coming.get(number, run)}:
+            wanted = number in one.wanted
+            # A cache of less than a few chunks may have evicted it as soon as it was stored.
+            if wanted and not (stored and await self._passes.chunks.open(key, sha256) is not None):
+                self._passes.chunks.hold(key, inflated)
+            self._deliver(one, number)
+
+    def _deliver(self, run: _Run, number: int) -> None:
+        self._forget(run, number)
+        self._seen.add(number)
+        run.left.discard(number)
+        run.step()
+
+
+def _continues(chunk: Chunk, following: Chunk) -> bool:
+    """Whether one request may bring both: the second begins where the first ends, or nearly so."""
+    return chunk.blob_start <= following.blob_start <= chunk.blob_stop + _GAP and (
+        following.blob_stop >= chunk.blob_stop
+    )
+
+
+def _decode(codec: Codec, spans: Sequence[Span], data: bytes, base: int) -> bytes:
+    """The bytes of a chunk, from the part of the blob that begins at base. Raises: Corrupt."""
+    parts: list[bytes] = []
+    for (offset, length), shared in groupby(spans, key=lambda span: (span.offset, span.length)):
+        compressed = data[offset - base : offset - base + length]
+        group = list(shared)
+        if len(group) == 1:
+            inflated = inflate_span(codec, group[0], compressed)
+            check_span(group[0], compressed, inflated)
+            parts.append(inflated)
+            continue
+        # Small files that share a gzip member: it is inflated once for all of them.
+        stop = max(span.skip + span.size for span in group)
+        whole = inflate_span(codec, Span(offset, length, stop), compressed)
+        for span in group:
+            inflated = whole[span.skip : span.skip + span.size]
+            check_span(span, compressed, inflated)
+            parts.append(inflated)
+    return b"".join(parts)

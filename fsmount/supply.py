@@ -1,0 +1,561 @@
+"""Supply: where the bytes of one layer come from: the cache, ranges of the blob, or one pass over all of it."""
+
+import logging
+import os
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from fsmount.archive.codecs import Compression
+from fsmount.archive.restarts import chunk_spans
+from fsmount.archive.scan import TarScanner
+from fsmount.archive.span import Codec, Kind, Span, Trust
+from fsmount.cache import database
+from fsmount.cache.chunks import ChunkStore
+from fsmount.cache.folder import CacheFolder, disk_errors, publish
+from fsmount.errors import Corrupt, FsmountError, Invalid, Unsupported
+from fsmount.fetch import Fetcher, RangesIgnored, Traffic
+from fsmount.index import Chunk, LayerIndex
+from fsmount.indexing import IndexBuilder, write_index
+from fsmount.ingest import Inflate, Keep, OneFile
+from fsmount.lazy import Finder, Found, LayerSpec
+from fsmount.oci.digest import Digest
+from fsmount.passes import Pass, Passes
+from fsmount.registry.source import Source
+
+log = logging.getLogger(__name__)
+
+#: Seconds during which a layer that was found corrupt is not downloaded again.
+_CONDEMNED_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What the layers of a process share. What is under way goes on in `nursery`."""
+
+    folder: CacheFolder
+    chunks: ChunkStore
+    passes: Passes
+    traffic: Traffic
+    finder: Finder
+    nursery: trio.Nursery
+
+
+class Opened(NamedTuple):
+    """An open chunk, and where it lies in the inflated layer. The descriptor is the store's: use it before awaiting."""
+
+    number: int
+    start: int
+    size: int
+    descriptor: int
+
+
+class Supply:
+    """The index of one layer and its chunks, made and fetched when they are asked for, once for all who ask.
+
+    A layer without an index is looked up first: if something tells where its files are, and what inflates alone,
+    only what is asked for is fetched. Else it is streamed whole, one time: that pass makes the index, caches the
+    chunks and verifies the layer's digest at its end. If the digest turns out wrong, nothing stays of
+    the layer.
+    """
+
+    def __init__(
+        self, spec: LayerSpec, source: Source, means: Means, on_void: Callable[[Corrupt], None]
+    ) -> None:
+        """on_void is told when all that was shown of the layer so far must not be shown again."""
+        self.spec = spec
+        self.source = source
+        self._means = means
+        self._pass: Pass | None = None
+        self._index: LayerIndex | None = None
+        self._looked = False
+        self._fetcher: Fetcher | None = None
+        #: Whether the whole layer has to go by before more of it is believed, or because no part can be had alone.
+        self._must_stream = False
+        #: Indexes that said something else than the layer.
+        self._refused: set[str] = set()
+        self._condemned: tuple[float, Corrupt] | None = None
+        #: What images say of the inflated layer; one that is right suffices.
+        self._expected: set[str] = set()
+        #: The sha256 of chunks that readers were shown by passes which broke off, and which nobody has certified.
+        self._shown: dict[int, bytes] = {}
+        #: The sha256 of chunks that readers were shown by a hint.
+        self._hinted: dict[int, bytes] = {}
+        self._on_void = on_void
+        self._is_void = False  # since the present pass began
+
+    # The index
+
+    @property
+    def index(self) -> LayerIndex | None:
+        """The index: complete, of what has streamed so far, or None before the first byte."""
+        if self._index is None and not self._looked:
+            self._looked = True
+            self._index = self.load_index()
+        return self._index
+
+    @property
+    def complete(self) -> bool:
+        index = self.index
+        return index is not None and index.complete
+
+    @property
+    def index_path(self) -> Path:
+        """The file of the complete index."""
+        return self._means.folder.layers / f"{self.spec.key}.sqlite"
+
+    def load_index(self) -> LayerIndex | None:
+        """The index on disk; a damaged one is removed and counts as absent."""
+        try:
+            return LayerIndex.open(self.index_path)
+        except FsmountError as error:
+            log.warning("%s; it is made again", error.message)
+            self.index_path.unlink(missing_ok=True)
+            return None
+
+    def reopen_index(self) -> LayerIndex:
+        """Another connection to the complete index, for another thread. Ownership: the caller closes it."""
+        index = self.load_index()
+        if index is None:
+            raise FsmountError(
+                f"the index of layer {self.spec.descriptor.digest} has vanished from the cache"
+            )
+        return index
+
+    def close_index(self) -> None:
+        """Frees what a complete index holds open; it opens by itself when it is asked again."""
+        busy = self._fetcher is not None and self._fetcher.busy
+        if self._index is not None and self._index.complete and not busy:
+            self._index.close()
+            self._index = None
+            self._looked = False
+            self._fetcher = None
+
+    def take(self, spec: LayerSpec, source: Source) -> None:
+        """Takes what one more image says of the layer, and where to fetch it from now.
+
+        Raises: Corrupt (the layer is known to inflate to something else).
+        """
+        # What must not be read on a hint for one image, is not read on a new hint for any.
+        self.spec = replace(spec, hints=spec.hints and self.spec.hints)
+        self.source = source
+        if spec.diff_id is not None and spec.diff_id.algorithm == "sha256":
+            self._expected.add(str(spec.diff_id))
+            self.check(spec.diff_id)
+
+    def check(self, diff_id: Digest | None) -> None:
+        """Raises: Corrupt, if the layer is known to inflate to something else than an image says."""
+        index = self.index
+        if index is None or not index.complete or index.diff_id is None:
+            return
+        if diff_id is not None and diff_id.algorithm == "sha256":
+            self._compare(index.diff_id, str(diff_id))
+
+    def _compare(self, found: str, expected: str) -> None:
+        if found != expected:
+            raise Corrupt(
+                f"layer {self.spec.descriptor.digest}: inflated it is {found}, but the image's configuration"
+                f" says {expected}",
+                remedy="Whoever made the image broke it; build and push it again.",
+            )
+
+    async def wait_complete(self) -> LayerIndex:
+        """The complete index, streaming the layer if need be. Raises: what the pass raised."""
+        while (index := self.index) is None or not index.complete:
+            try:
+                await self._running().wait_done()
+            except Corrupt:
+                if self._condemned is not None:
+                    raise
+                # It was a mirror's doing: the next pass asks the others. Nobody here has read anything.
+        return index
+
+    async def wait_trusted(self) -> LayerIndex:
+        """The complete index, when it is more than a hint. Raises: what the pass raised."""
+        while (index := await self.wait_complete()).trust is Trust.HINT:
+            self._must_stream = True
+            await self._running().wait_done()
+        return index
+
+    async def wait_progress(self) -> None:
+        """Returns when more of the layer is known than now. Raises: what the pass raised."""
+        if not self.complete:
+            await self._running().wait_step()
+
+    # Chunks
+
+    def chunk_key(self, number: int) -> str:
+        """Names a chunk in the store."""
+        index = self.index
+        space = index.space if index is not None and index.complete else ""
+        return f"{self.spec.key}{space}/{number}"
+
+    def hot(self, offset: int) -> Opened | None:
+        """The chunk with that byte of the inflated layer, if it is open already and the layer complete."""
+        index = self.index
+        if index is None or not index.complete:
+            return None
+        number = index.chunk_at(offset)
+        descriptor = self._means.chunks.hot(self.chunk_key(number))
+        if descriptor is None:
+            return None
+        start, size, *_ = index.chunks[number]
+        return Opened(number, start, size, descriptor)
+
+    async def open(self, offset: int) -> Opened:
+        """The chunk with that byte of the inflated layer, verified, fetched if need be."""
+        while True:
+            index = self.index
+            if index is not None and index.complete:
+                number = index.chunk_at(offset)
+                start, size, *_ = index.chunks[number]
+                return Opened(number, start, size, await self.open_chunk(number))
+            running = self._running()
+            found = await running.wait_kept(offset)
+            if found is None:
+                continue
+            chunk = running.keep.chunks[found]
+            descriptor = await self._open_kept(running, found)
+            if descriptor is not None:
+                return Opened(found, chunk.start, chunk.size, descriptor)
+            # It went by before it was wanted, and the cache is too small to have kept it: next pass.
+            await running.wait_done()
+
+    async def open_chunk(self, number: int) -> int:
+        """A descriptor of a chunk of the complete layer. Ownership: the store's; use it before awaiting."""
+        while True:
+            index = self.index
+            assert index is not None and index.complete
+            key, chunk = self.chunk_key(number), index.chunks[number]
+            chunks = self._means.chunks
+            descriptor = chunks.hot(key)
+            if descriptor is None:
+                descriptor = await self._open_stored(index, number)
+            if descriptor is not None:
+                return descriptor
+            if index is not self._index:
+                continue
+            fetcher = self.fetcher
+            if fetcher is None:
+                running = self._running()
+                await running.wait_kept(chunk.start)
+                descriptor = await self._open_kept(running, number)
+                if descriptor is not None:
+                    return descriptor
+                await running.wait_done()
+                continue
+            try:
+                await fetcher.bring(number)
+            except (RangesIgnored, Corrupt) as error:
+                if index.trust is not Trust.HINT:
+                    raise
+                log.warning("%s; all of it is fetched", error.message)
+                self._must_stream = True
+            descriptor = chunks.hot(key)
+            if descriptor is not None:
+                return descriptor
+
+    async def _open_stored(self, index: LayerIndex, number: int) -> int | None:
+        key, sha256 = self.chunk_key(number), index.chunks[number].sha256
+        chunks = self._means.chunks
+        if sha256 is None and index.trust is Trust.HINT:
+            sha256 = await self._means.passes.in_thread(chunks.recorded, key)
+            if sha256 is None or self._hinted.setdefault(number, sha256) != sha256:
+                return None
+        return await chunks.open(key, sha256)
+
+    async def _open_kept(self, running: Pass, number: int) -> int | None:
+        key = running.chunk_key(number)
+        descriptor = self._means.chunks.hot(key)
+        if descriptor is None:
+            descriptor = await self._means.chunks.open(key, running.keep.chunks[number].sha256)
+        return descriptor
+
+    @property
+    def fetcher(self) -> Fetcher | None:
+        """What fetches chunks alone; None where all of the layer has to be streamed."""
+        index = self.index
+        if index is None or not index.complete or not index.has_spans or self._must_stream:
+            return None
+        if self._fetcher is None:
+            means = self._means
+            self._fetcher = Fetcher(
+                self.spec.descriptor,
+                index,
+                self.chunk_key,
+                lambda: self.source,
+                means.passes,
+                means.traffic,
+                means.nursery,
+                shown=self._hinted,
+            )
+        return self._fetcher
+
+    @property
+    def received(self) -> int:
+        """Compressed bytes that came over the network in this process, by the last pass and by ranges."""
+        streamed = self._pass.received if self._pass is not None else 0
+        return streamed + (self._fetcher.fetched if self._fetcher is not None else 0)
+
+    # Passes
+
+    def _running(self) -> Pass:
+        """The pass under way, or a new one."""
+        if self._condemned is not None:
+            until, error = self._condemned
+            if trio.current_time() < until:
+                raise error.with_traceback(None)
+        if self._pass is None or self._pass.done:
+            index = self.index if self.complete else None
+            space = index.space if index is not None else ""
+            self._pass = Pass(
+                self._means.passes,
+                self.spec.descriptor,
+                chunk_key=lambda number: f"{self.spec.key}{space}/{number}",
+                known=index,
+                is_file=self.spec.title is not None,
+            )
+            self._means.nursery.start_soon(self._run, self._pass)
+        return self._pass
+
+    async def _run(self, running: Pass) -> None:
+        """One pass; its outcome goes to whoever waits for it, and only Cancelled leaves here."""
+        try:
+            if running.known is None and await self._find():
+                running.skipped = True
+                return
+            async with self._means.passes.place(self.source):
+                if running.known is not None and running.known.trust is not Trust.HINT:
+                    await self._fetch_again(running)
+                else:
+                    await self._make_index(running)
+        except FsmountError as error:
+            running.error = error
+        except Exception as error:
+            log.exception("streaming layer %s failed in a way nobody foresaw", self.spec.descriptor.digest)
+            running.error = FsmountError(
+                f"layer {self.spec.descriptor.digest} failed: {type(error).__name__}: {error}"
+            )
+        finally:
+            running.done = True
+            running.step()
+
+    async def _find(self) -> bool:
+        """Whether there is an index for the layer, which then is its own."""
+        found = await self._means.finder.find(self.spec, self.source, refused=self._refused)
+        if found is None:
+            return False
+        try:
+            self._index = await self._means.passes.in_thread(self._write_found, found)
+        except Invalid as error:
+            log.warning("layer %s: its %s index: %s", self.spec.descriptor.digest, found.kind, error.message)
+            self._refused.add(found.space)
+            return False
+        self._fetcher = None
+        log.info("layer %s is read by its %s index", self.spec.descriptor.digest, found.kind)
+        return True
+
+    def _write_found(self, found: Found) -> LayerIndex:
+        with self._new_file() as path:
+            write_index(path, found.table, self._facts(found.kind, found.trust, found.space))
+            return self._publish(path)
+
+    def _facts(self, kind: Kind, trust: Trust, space: str) -> dict[str, object]:
+        descriptor = self.spec.descriptor
+        return {
+            "digest": str(descriptor.digest),
+            "blob_size": descriptor.size,
+            "kind": str(kind),
+            "trust": str(trust),
+            "space": space,
+        }
+
+    def _publish(self, path: Path) -> LayerIndex:
+        publish(path, self.index_path)
+        index = LayerIndex.open(self.index_path)
+        assert index is not None
+        return index
+
+    @contextmanager
+    def _new_file(self) -> Iterator[Path]:
+        """A file for an index in the making; it is gone at the end of the block, unless it has got its name."""
+        layers = self._means.folder.layers
+        with disk_errors(layers):
+            handle, name = tempfile.mkstemp(prefix=".partial-", dir=layers)
+            os.close(handle)
+            try:
+                yield Path(name)
+            finally:
+                Path(name).unlink(missing_ok=True)
+
+    async def _fetch_again(self, running: Pass) -> None:
+        """For chunks that were evicted: each is checked as it comes."""
+        try:
+            await running.stream(self.source, None)
+        except Corrupt:
+            self.source.distrust(self.spec.descriptor)
+            raise
+
+    async def _make_index(self, running: Pass) -> None:
+        """Streams the layer, whose index is not known, or only a hint."""
+        hint = running.known
+        self._is_void = False
+        with self._new_file() as path:
+            builder = IndexBuilder(path)
+            if hint is None:
+                self._index = builder.index
+            running.keep = Keep(hint, builder, self._hinted if hint is not None else None)
+            finished = None
+            try:
+                finished = await self._stream(running, builder)
+                self._compare_with_shown(running.keep.chunks, is_certified=True)
+                self._must_stream = False
+            except Corrupt as error:
+                self._condemn(error)
+                raise
+            except (Invalid, Unsupported) as error:
+                if hint is not None:
+                    self._refuse(hint, error.message)
+                raise
+            except BaseException:
+                if hint is None:
+                    self._compare_with_shown(running.keep.chunks, is_certified=False)
+                elif running.keep.differs:
+                    self._refuse(hint, "what was read by it before has changed since")
+                raise
+            finally:
+                if hint is None or finished is not None or self._is_void:
+                    self._index = finished
+                    self._fetcher = None
+                builder.close()
+                if finished is None and (hint is None or self._is_void):
+                    last = max(running.kept + 1, len(hint.chunks) if hint is not None else 0)
+                    with trio.move_on_after(10, shield=True):
+                        await self._means.chunks.drop([running.chunk_key(number) for number in range(last)])
+
+    async def _stream(self, running: Pass, builder: IndexBuilder) -> LayerIndex | None:
+        """The certified index, or None if a hint was wrong."""
+        title = self.spec.title
+        scanner = TarScanner() if title is None else OneFile(title)
+        inflate = await running.stream(self.source, scanner)
+        try:
+            diff_id = running.keep.finish()
+        except Invalid as error:
+            digest = self.spec.descriptor.digest
+            raise Invalid(f"layer {digest}: {error.message}", remedy=error.remedy) from error
+        if self._expected and str(diff_id) not in self._expected:
+            self._compare(str(diff_id), min(self._expected))
+        hint = running.known
+        facts = self._facts(Kind.STREAMED, Trust.CERTIFIED, hint.space if hint is not None else "")
+        facts |= {"diff_id": str(diff_id), "compression": str(inflate.compression)}
+        if hint is not None:
+            facts["kind"] = str(hint.kind)
+        chunks, codec, spans = _spans(running, inflate, self.spec.descriptor.size)
+        if codec is not None:
+            facts["codec"] = int(codec)
+
+        def finish() -> LayerIndex | None:
+            with disk_errors(builder.path):
+                builder.finish(chunks, facts, spans)
+                if hint is not None and (running.keep.differs or not _same_members(builder.path, hint)):
+                    return None
+                return self._publish(builder.path)
+
+        index = await self._means.passes.in_thread(finish)
+        if index is None:
+            assert hint is not None
+            self._refuse(hint, "it says something else than the layer")
+        return index
+
+    def _compare_with_shown(self, chunks: Sequence[Chunk], *, is_certified: bool) -> None:
+        """Makes void what an earlier pass, which broke off, has shown, if this one shows other bytes.
+
+        The kernel keeps what it was shown, by the layer's number.
+        """
+        found = {number: chunk.sha256 for number, chunk in enumerate(chunks) if chunk.sha256}
+        if any(found.get(number, sha256) != sha256 for number, sha256 in self._shown.items()):
+            self._make_void(
+                Corrupt(f"layer {self.spec.descriptor.digest}: what was read of it before has changed since")
+            )
+            self._shown = {}
+        self._shown = {} if is_certified else self._shown | found
+
+    def _refuse(self, hint: LayerIndex, reason: str) -> None:
+        """Makes void what an index said that nobody vouched for; the layer itself may be sound."""
+        self._refused.add(hint.space)
+        self._must_stream = False
+        self._remove_index()
+        self._make_void(
+            Corrupt(
+                f"layer {self.spec.descriptor.digest}: its {hint.kind} index was not to be trusted: {reason}"
+            )
+        )
+
+    def _condemn(self, error: Corrupt) -> None:
+        log.info("%s; it came from %s, and nothing of it is kept", error.message, self.source.name)
+        # If a mirror sent it, the next reader finds out what the others have.
+        others = self.source.distrust(self.spec.descriptor)
+        self._condemned = None if others else (trio.current_time() + _CONDEMNED_SECONDS, error)
+        self._must_stream = False
+        self._remove_index()
+        self._shown = {}
+        self._make_void(error)
+
+    def _remove_index(self) -> None:
+        """Removes an index that is no more than a hint, and the trees that may have been made with it."""
+        if self.index_path.exists():
+            self.index_path.unlink()
+            for tree in self._means.folder.trees.iterdir():
+                tree.unlink(missing_ok=True)
+
+    def _make_void(self, error: Corrupt) -> None:
+        log.error("%s; it came from %s", error.message, self.source.name)
+        self._is_void = True
+        self._hinted = {}
+        self._on_void(error)
+
+
+def _spans(
+    running: Pass, inflate: Inflate, blob_size: int
+) -> tuple[list[Chunk], Codec | None, list[tuple[int, Span]]]:
+    """The chunks of a pass with how each can be had again alone, if it can."""
+    hint, chunks = running.known, running.keep.chunks
+    if hint is not None:
+        # What follows the end of the archive is in no span, and in no file.
+        found = zip(chunks, hint.chunks, strict=False)
+        joined = [known._replace(sha256=chunk.sha256) for chunk, known in found]
+        numbered = [(number, span) for number in range(len(joined)) for span in hint.spans(number)]
+        return joined, hint.codec, numbered
+    if inflate.compression is Compression.NONE:
+        spans = [Span(chunk.start, chunk.size, chunk.size, sha256=chunk.sha256) for chunk in chunks]
+        codec = Codec.RAW
+    elif inflate.restarts:
+        cuts = [(chunk.start, chunk.size, chunk.sha256) for chunk in chunks]
+        spans = list(chunk_spans(inflate.restarts, cuts, blob_size))
+        codec = Codec.RESTART
+    else:
+        return chunks, None, []
+    ranged = [
+        chunk._replace(blob_start=span.offset, blob_stop=span.offset + span.length)
+        for chunk, span in zip(chunks, spans, strict=True)
+    ]
+    return ranged, codec, list(enumerate(spans))
+
+
+def _same_members(path: Path, hint: LayerIndex) -> bool:
+    """Whether a finished index has the members, names and whiteouts of another one."""
+    assert hint.file is not None
+    with closing(sqlite3.connect(database.uri(path), uri=True)) as connection:
+        connection.execute("ATTACH DATABASE ? AS hint", (database.uri(hint.file),))
+        for table in ("members", "directories", "names", "whiteouts"):
+            for one, other in (("main", "hint"), ("hint", "main")):
+                query = f"SELECT EXISTS (SELECT * FROM {one}.{table} EXCEPT SELECT * FROM {other}.{table})"
+                if connection.execute(query).fetchone()[0]:
+                    return False
+    return True

@@ -1,0 +1,44 @@
+"""tarwalk: the members of a plain tar layer, from its headers alone."""
+
+from collections.abc import Awaitable, Callable
+
+from fsmount.archive.codecs import Compression, sniff
+from fsmount.archive.entry import Entry
+from fsmount.archive.scan import TarScanner
+from fsmount.errors import Invalid
+
+#: Bytes of the first request after a gap, and of the largest: each that finds no gap is twice the one before.
+_LEAST = 64 * 1024
+_MOST = 4 * 1024 * 1024
+#: Bytes that could come in the time that a request takes to be answered.
+_REQUEST = 512 * 1024
+#: So much may be lost before it is known whether walking pays.
+_STAKE = 8 * 1024 * 1024
+
+
+async def walk_tar(read: Callable[[int, int], Awaitable[bytes]], size: int) -> list[Entry] | None:
+    """The entries of a tar of so many bytes, in order; read gives those from a start to a stop.
+
+    None if it is compressed, or its members are so small that reading all of it costs less than walking.
+    Raises: Invalid (no tar), and what read raises.
+    """
+    scanner = TarScanner()
+    entries: list[Entry] = []
+    offset = cost = 0
+    block = _LEAST
+    while offset < size and not scanner.ended:
+        stop = min(offset + block, size)
+        data = await read(offset, stop)
+        if not offset and sniff(data) is not Compression.NONE:
+            return None
+        entries += scanner.feed(data)
+        cost += _REQUEST + stop - offset
+        offset = min(max(stop, scanner.wanted), size)
+        scanner.skip(offset)
+        block = _LEAST if offset > stop else min(2 * block, _MOST)
+        if cost > max(_STAKE, size // 16) and 2 * cost > offset:
+            return None
+    if not scanner.ended and scanner.wanted > size:
+        raise Invalid(f"the tar ends before its member's data does, at byte {scanner.wanted}")
+    scanner.finish()
+    return entries
