@@ -5,7 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TypeAlias
 
@@ -14,11 +14,12 @@ import trio
 from fsmount.cache.numbers import ViewRecord
 from fsmount.errors import DeadlineExpired, FsmountError, NotFound
 from fsmount.image import Image, open_image
-from fsmount.layer import Layers
+from fsmount.layer import Layer, Layers
 from fsmount.oci.digest import Digest
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import is_tag
 from fsmount.overlay import Node
+from fsmount.policy import Complete, Indexes
 from fsmount.registry.source import Source, is_housekeeping
 from fsmount.singleflight import SingleFlight, in_background
 from fsmount.tree import Tree, directory_key
@@ -44,6 +45,8 @@ class App:
     #: Whether a tag is listed; others still open by name.
     listed: Callable[[str], bool]
     refresh_seconds: float
+    indexes: Indexes = Indexes.ANY
+    complete: Complete = Complete.IDLE
 
     @property
     def origin(self) -> str:
@@ -128,6 +131,8 @@ class Catalog:
                 parent, _, base = name.rpartition("/")
                 self.folders.setdefault(parent, set()).add(base)
                 name = parent
+        #: Told of the layers of every tree that is opened.
+        self.on_open: Callable[[App, Sequence[Layer]], None] = lambda app, layers: None
         self._layers = layers
         self._nursery = nursery
         self._tags: dict[str, _Tags] = {}
@@ -232,7 +237,7 @@ class Catalog:
     async def open(self, app: App, version: str | None) -> Content:
         """What a tag or a digest shows now, for those who keep no views; None is the source's default. As `content`."""
         digest = await self._resolve(app, version or "", version)
-        content = await self._open(app, digest)
+        content = await self._open(app, digest, is_pinned=version is not None and ":" in version)
         self._use(content)
         return content
 
@@ -296,15 +301,24 @@ class Catalog:
             view.record = self._layers.numbers.bind_view(record.number, digest)
             assert view.record.digest is not None
             digest = view.record.digest
-        return await self._open(app, digest)
+        return await self._open(app, digest, is_pinned=_parse(record.name)[1] is not None)
 
-    async def _open(self, app: App, digest: Digest) -> Content:
+    async def _open(self, app: App, digest: Digest, *, is_pinned: bool) -> Content:
+        """is_pinned: by whoever asks, with a digest; what nobody vouches for is not good enough for them."""
+        indexes = app.indexes.strictest(Indexes.BOUND) if is_pinned else app.indexes
         content = self._contents.get((digest, app.platform, app.subtree))
-        if content is None:
+        if content is not None:
+            image = content.image
+        else:
             with _deadline(app):
                 image = await open_image(app.source, digest, app.platform, self._layers.folder)
-            layers = [self._layers.get(spec, app.source) for spec in image.layers]
+        layers = [self._layers.get(replace(spec, indexes=indexes), app.source) for spec in image.layers]
+        if indexes is not Indexes.ANY:
+            for layer in layers:
+                await layer.demand_trust()
+        if content is None:
             diff_ids = [spec.diff_id for spec in image.layers]
+            self.on_open(app, layers)
             tree = Tree(image.digest, layers, self._layers.folder, self._nursery, diff_ids=diff_ids)
             root = await tree.walk(app.subtree)
             if root is None or not root.is_directory:

@@ -6,10 +6,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, NamedTuple, Self, TypeAlias
+from typing import Annotated, NamedTuple, Self, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +28,7 @@ from pydantic import (
 from fsmount.errors import UsageError
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import LayoutReference, Reference, parse_source
+from fsmount.policy import Complete, Indexes
 
 #: Where the administrator of a server keeps the configuration.
 SYSTEM_FILE = Path("/etc/fsmount/config.toml")
@@ -170,6 +172,25 @@ def _problem(error: UsageError) -> ValueError:
     return ValueError(f"{error.message}; {remedy[:1].lower()}{remedy[1:].rstrip('.')}")
 
 
+def _indexes(value: object) -> Indexes:
+    return _choice(Indexes, value)
+
+
+def _complete(value: object) -> Complete:
+    return _choice(Complete, value)
+
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def _choice(choices: type[_Choice], value: object) -> _Choice:
+    try:
+        return choices(value if isinstance(value, str) else "")
+    except ValueError:
+        *others, last = (f'"{choice}"' for choice in choices)
+        raise ValueError(f"must be {', '.join(others)} or {last}") from None
+
+
 _Size: TypeAlias = Annotated[int, PlainValidator(_size)]
 _Seconds: TypeAlias = Annotated[float, PlainValidator(_seconds)]
 _AbsolutePath: TypeAlias = Annotated[Path, PlainValidator(_absolute_path)]
@@ -195,6 +216,10 @@ class Defaults(_Table):
 
     refresh_seconds: _Seconds = Field(default=60.0, alias="refresh")
     platform: _OnePlatform = Field(default_factory=Platform.current)
+    #: By which indexes layers may be read.
+    indexes: Annotated[Indexes, PlainValidator(_indexes)] = Indexes.ANY
+    #: When the rest of a layer is fetched that nobody has asked for.
+    complete: Annotated[Complete, PlainValidator(_complete)] = Complete.IDLE
 
 
 class App(_Table):
@@ -207,6 +232,8 @@ class App(_Table):
     #: Shell patterns; a tag is listed if one matches.
     tags: Annotated[tuple[str, ...], PlainValidator(_patterns)] = ("*",)
     refresh_seconds: _Seconds = Field(default=60.0, alias="refresh")
+    indexes: Annotated[Indexes, PlainValidator(_indexes)] = Indexes.ANY
+    complete: Annotated[Complete, PlainValidator(_complete)] = Complete.IDLE
 
     def shows(self, tag: str) -> bool:
         """Whether a tag is among those of this app."""
@@ -258,6 +285,8 @@ class Network(_Table):
     token_size: _Size = 64 * 1024
     #: Of what a server says with an error.
     error_size: _Size = 64 * 1024
+    #: Bytes a second that are fetched of a layer, at most, while nobody waits for them; None is no bound.
+    background_rate: _Size | None = None
 
 
 class Config(_Table):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trio
 
+from fsmount.completion import Completer
 from fsmount.config import Config
 from fsmount.engine import open_engine
 from fsmount.errors import FsmountError
@@ -34,9 +35,12 @@ async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) ->
     _raise_descriptor_limit()
     with single_error(FsmountError):
         async with open_engine(config) as engine:
+            completer = Completer(engine.layers.means.traffic, rate=config.network.background_rate)
+            engine.catalog.on_open = lambda app, layers: completer.use(layers, app.complete)
             operations = Operations(engine.catalog, engine.layers, engine.numbers)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.layers.chunks.trim)
+                nursery.start_soon(completer.run)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 nursery.start_soon(_serve, operations, mountpoint, ready, nursery.cancel_scope)
     log.info("unmounted %s", mountpoint)

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -47,9 +47,7 @@ class Engine:
         known = self.catalog.apps.get(name)
         if known is not None:
             subtree = known.subtree if path is None else _subtree(path)
-            app = App(
-                name, known.source, subtree, platform or known.platform, known.listed, known.refresh_seconds
-            )
+            app = replace(known, subtree=subtree, platform=platform or known.platform)
             return app, version
         reference = parse_source(text)
         app = App(
@@ -59,6 +57,8 @@ class Engine:
             platform=platform or self.config.defaults.platform,
             listed=lambda tag: True,
             refresh_seconds=self.config.defaults.refresh_seconds,
+            indexes=self.config.defaults.indexes,
+            complete=self.config.defaults.complete,
         )
         return app, reference.version
 
@@ -121,6 +121,8 @@ def _app(name: str, app: configuration.App, sources: Sources) -> App:
         platform=app.platform,
         listed=app.shows,
         refresh_seconds=app.refresh_seconds,
+        indexes=app.indexes,
+        complete=app.complete,
     )
 
 

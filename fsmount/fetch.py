@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import math
+import os
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from itertools import groupby
 
 import trio
@@ -42,6 +44,7 @@ class Traffic:
     def __init__(self) -> None:
         self._waited_for: Counter[str] = Counter()
         self._in_background: Counter[str] = Counter()
+        self._quiet_since: dict[str, float] = {}
         self._lot = trio.lowlevel.ParkingLot()
 
     @asynccontextmanager
@@ -55,7 +58,15 @@ class Traffic:
             yield
         finally:
             active[source] -= 1
+            if run.urgent:
+                self._quiet_since[source] = trio.current_time()
             self.wake()
+
+    def quiet_seconds(self, source: str) -> float:
+        """For how long nobody has waited for anything from a source."""
+        if self._waited_for[source]:
+            return 0.0
+        return trio.current_time() - self._quiet_since.get(source, -math.inf)
 
     def wake(self) -> None:
         """Says that something has changed for those who wait."""
@@ -130,7 +141,7 @@ class Fetcher:
         self.ignored = False
         self._shown = shown
         self._descriptor = descriptor
-        self._key = chunk_key
+        self.chunk_key = chunk_key
         self._source = source
         self._passes = passes
         self._traffic = traffic
@@ -138,7 +149,8 @@ class Fetcher:
         self._coming: dict[int, _Run] = {}
         self._whole: _Run | None = None
         self._refused: dict[int, tuple[float, Corrupt]] = {}
-        self._demanded = 0  # compressed bytes that readers waited for
+        #: Compressed bytes that readers had to wait for.
+        self.demanded = 0
         self._completing = False
         #: Chunks that were here when they were last looked at.
         self._seen: set[int] = set()
@@ -164,8 +176,8 @@ class Fetcher:
         if run is None:
             run = self._start([number, *self._neighbours(number, self._window(number))], urgent=True)
             chunk = self.index.chunks[number]
-            self._demanded += chunk.blob_stop - chunk.blob_start
-            if 2 * self._demanded > self._descriptor.size and not self._completing and self.fits:
+            self.demanded += chunk.blob_stop - chunk.blob_start
+            if 2 * self.demanded > self._descriptor.size and not self._completing and self.fits:
                 self._completing = True
                 self._nursery.start_soon(self._complete_quietly)
         elif not run.urgent:
@@ -211,7 +223,7 @@ class Fetcher:
 
     @property
     def fits(self) -> bool:
-        """Whether the cache can hold the layer, and something else besides."""
+        """Whether the cache can hold all of the layer, and as much besides."""
         return 2 * self.index.inflated_size <= self._passes.chunks.size
 
     async def complete(self, *, rate: float | None = None) -> None:
@@ -221,7 +233,7 @@ class Fetcher:
         """
         self._completing = True
         try:
-            keys = [self._key(number) for number in range(len(self.index.chunks))]
+            keys = [self.chunk_key(number) for number in range(len(self.index.chunks))]
             stored = await self._passes.in_thread(self._passes.chunks.stored, keys)
             runs = iter(self._strides([number for number, is_here in enumerate(stored) if not is_here]))
             async with trio.open_nursery() as nursery:
@@ -304,7 +316,7 @@ class Fetcher:
         ahead = [number for number in run.numbers if number not in run.wanted]
         if not ahead:
             return
-        keys = [self._key(number) for number in ahead]
+        keys = [self.chunk_key(number) for number in ahead]
         stored = await self._passes.in_thread(self._passes.chunks.stored, keys)
         for number, is_here in zip(ahead, stored, strict=True):
             if is_here and number not in run.wanted:
@@ -363,7 +375,7 @@ class Fetcher:
             await self._keep(run, number, data)
 
     async def _keep(self, run: _Run, number: int, data: bytes) -> None:
-        key = self._key(number)
+        key = self.chunk_key(number)
         chunk = self.index.chunks[number]
         spans = self.index.spans(number)
 
@@ -394,6 +406,32 @@ class Fetcher:
         self._seen.add(number)
         run.left.discard(number)
         run.step()
+
+
+class FetchedBlob:
+    """The blob of a layer that is not compressed: its chunks, fetched where they are not here."""
+
+    def __init__(self, fetcher: Fetcher, passes: Passes) -> None:
+        self._fetcher = fetcher
+        self._passes = passes
+
+    @asynccontextmanager
+    async def blob(self, descriptor: Descriptor) -> AsyncIterator[AsyncIterator[bytes]]:
+        """All of it, not verified. Raises: as Fetcher.bring."""
+        async with aclosing(self._pieces()) as pieces:
+            yield pieces
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        chunks = self._passes.chunks
+        for number, chunk in enumerate(self._fetcher.index.chunks):
+            key = self._fetcher.chunk_key(number)
+            descriptor = chunks.hot(key)
+            if descriptor is None:
+                descriptor = await chunks.open(key)
+            while descriptor is None:
+                await self._fetcher.bring(number)
+                descriptor = chunks.hot(key)
+            yield os.pread(descriptor, chunk.size, 0)
 
 
 def _continues(chunk: Chunk, following: Chunk) -> bool:

@@ -51,14 +51,11 @@ class Image:
         return self.config.created if self.config else None
 
 
-async def open_image(
-    source: Source, digest: Digest, platform: Platform, folder: CacheFolder, *, hints: bool = True
-) -> Image:
+async def open_image(source: Source, digest: Digest, platform: Platform, folder: CacheFolder) -> Image:
     """The image for platform that a manifest is, or an index leads to.
 
     Documents come from the cache folder if they are there, and are kept there: they are small, named by
-    digest, and a known tag then opens without the network. hints: whether its layers may be read by what nobody
-    vouches for.
+    digest, and a known tag then opens without the network.
 
     Raises: NotFound (no such platform), Unsupported, Invalid, and what the source raises.
     """
@@ -74,7 +71,7 @@ async def open_image(
     document = await _config_document(source, parsed, folder)
     with _named(f"{source.name}@{digest}"):
         config = None if document is None else parse_config(document)
-        return Image(digest, parsed, config, _layers(digest, parsed, config, hints=hints))
+        return Image(digest, parsed, config, _layers(digest, parsed, config))
 
 
 @contextmanager
@@ -106,9 +103,7 @@ async def _config_document(source: Source, manifest: Manifest, folder: CacheFold
     return data
 
 
-def _layers(
-    image: Digest, manifest: Manifest, config: ImageConfig | None, *, hints: bool
-) -> tuple[LayerSpec, ...]:
+def _layers(image: Digest, manifest: Manifest, config: ImageConfig | None) -> tuple[LayerSpec, ...]:
     if len(manifest.layers) > MOST_LAYERS:
         raise Unsupported(f"the image has {len(manifest.layers)} layers; at most {MOST_LAYERS} are read")
     diff_ids: tuple[Digest | None, ...] = (None,) * len(manifest.layers)
@@ -132,7 +127,6 @@ def _layers(
             diff_id=diff_id if spec.title is None else None,
             image=image,
             soci_index=soci_index,
-            hints=hints,
         )
         for spec, diff_id in zip(specs, diff_ids, strict=True)
     )

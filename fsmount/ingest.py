@@ -193,6 +193,8 @@ class Keep:
         self._hash = hashlib.sha256()
         self._failure: Invalid | None = None
         self.chunks: list[Chunk] = []
+        #: Whether some of the chunks may be in the cache already.
+        self.is_second_look = shown is not None
         #: Whether chunks that were shown turned out to be others.
         self.differs = False
 

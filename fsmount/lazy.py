@@ -14,6 +14,7 @@ from fsmount.errors import Corrupt, FsmountError, Invalid
 from fsmount.oci import soci
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
+from fsmount.policy import Indexes
 from fsmount.registry.source import Source, check
 from fsmount.tarwalk import walk_tar
 
@@ -38,8 +39,7 @@ class LayerSpec:
 
     `title` is set when the layer is one plain file of that path, as `oras push` makes them; `diff_id` when
     the image's configuration names the digest of the inflated layer. `image` is the manifest, which may have
-    referrers, and `soci_index` the SOCI index that it names. `hints` says whether the layer may be read by what
-    nobody vouches for.
+    referrers, and `soci_index` the SOCI index that it names; `indexes`, by which the layer may be read.
     """
 
     descriptor: Descriptor
@@ -47,7 +47,7 @@ class LayerSpec:
     diff_id: Digest | None = None
     image: Digest | None = None
     soci_index: Digest | None = None
-    hints: bool = True
+    indexes: Indexes = Indexes.ANY
 
     @property
     def key(self) -> str:
@@ -85,7 +85,7 @@ class Finder:
         Raises: Unreachable and its kinds.
         """
         descriptor = spec.descriptor
-        if descriptor.size < _WORTHWHILE:
+        if descriptor.size < _WORTHWHILE or spec.indexes is Indexes.OFF:
             return None
         for kind, attempt in self._attempts(spec):
             try:
@@ -105,17 +105,18 @@ class Finder:
     def _attempts(self, spec: LayerSpec) -> Iterator[tuple[Kind, "_Attempt"]]:
         """What might be, by what the manifest says."""
         descriptor = spec.descriptor
+        hints = spec.indexes is Indexes.ANY
         if spec.title is not None:
-            if spec.hints:
+            if hints:
                 yield Kind.RANGED_FILE, self._ranged_file
             return
         # TOCS
         if descriptor.size >= _LEAST_OF_SOCI:
             if spec.soci_index is not None:
                 yield Kind.SOCI_V2, self._soci_v2
-            if spec.hints and spec.image is not None:
+            if hints and spec.image is not None:
                 yield Kind.SOCI_V1, self._soci_v1
-        if spec.hints and descriptor.media_type.endswith((".tar", "+tar")):
+        if hints and descriptor.media_type.endswith((".tar", "+tar")):
             yield Kind.RANGED_TAR, self._ranged_tar
 
     def _most(self, descriptor: Descriptor) -> int:

@@ -3,9 +3,9 @@
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import Protocol, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
@@ -63,7 +63,9 @@ class Passes:
         """
         with disk_errors(self.folder):
             sha256 = keep.add(portion)
-        return not portion.data or self.put(key, portion.data, sha256)
+        if not portion.data or (keep.is_second_look and self.chunks.recorded(key) == sha256):
+            return True
+        return self.put(key, portion.data, sha256)
 
     def put(self, key: str, data: bytes | memoryview, sha256: bytes) -> bool:
         """Stores a chunk; False if there is no space for it, which is logged once. For worker threads."""
@@ -75,6 +77,12 @@ class Passes:
                 log.error("%s: serving without caching", error.message)
             return False
         return True
+
+
+class BlobSource(Protocol):
+    """What a pass asks of a source."""
+
+    def blob(self, descriptor: Descriptor) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
 
 class Pass:
@@ -153,7 +161,7 @@ class Pass:
 
     # Streaming
 
-    async def stream(self, source: Source, scanner: TarScanner | OneFile | None) -> Inflate:
+    async def stream(self, source: "BlobSource", scanner: TarScanner | OneFile | None) -> Inflate:
         """Network, inflating and storing side by side, each stage one block or chunk ahead of the next.
 
         scanner: None when the index is known. Raises: Corrupt, Invalid, Unsupported, NoSpace, and what source raises.
@@ -175,7 +183,7 @@ class Pass:
         await self._keep(await self._passes.in_thread(inflate.finish))
         return inflate
 
-    async def _collect(self, source: Source, blocks: trio.MemorySendChannel[bytes]) -> None:
+    async def _collect(self, source: "BlobSource", blocks: trio.MemorySendChannel[bytes]) -> None:
         """Joins the network's pieces to blocks; sends at least one, maybe empty."""
         async with blocks, source.blob(self._descriptor) as pieces:
             block = bytearray()

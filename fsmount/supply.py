@@ -20,13 +20,13 @@ from fsmount.cache import database
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder, disk_errors, publish
 from fsmount.errors import Corrupt, FsmountError, Invalid, Unsupported
-from fsmount.fetch import Fetcher, RangesIgnored, Traffic
+from fsmount.fetch import FetchedBlob, Fetcher, RangesIgnored, Traffic
 from fsmount.index import Chunk, LayerIndex
 from fsmount.indexing import IndexBuilder, write_index
 from fsmount.ingest import Inflate, Keep, OneFile
 from fsmount.lazy import Finder, Found, LayerSpec
 from fsmount.oci.digest import Digest
-from fsmount.passes import Pass, Passes
+from fsmount.passes import BlobSource, Pass, Passes
 from fsmount.registry.source import Source
 
 log = logging.getLogger(__name__)
@@ -142,8 +142,8 @@ class Supply:
 
         Raises: Corrupt (the layer is known to inflate to something else).
         """
-        # What must not be read on a hint for one image, is not read on a new hint for any.
-        self.spec = replace(spec, hints=spec.hints and self.spec.hints)
+        # What must not be read by an index for one image, is from now on not read by a new one for any.
+        self.spec = replace(spec, indexes=spec.indexes.strictest(self.spec.indexes))
         self.source = source
         if spec.diff_id is not None and spec.diff_id.algorithm == "sha256":
             self._expected.add(str(spec.diff_id))
@@ -182,6 +182,36 @@ class Supply:
             self._must_stream = True
             await self._running().wait_done()
         return index
+
+    async def demand_trust(self) -> None:
+        """Returns when an index that is a hint, if there is one, is that no more. Raises: what the pass raised."""
+        index = self.index
+        if index is not None and index.complete and index.trust is Trust.HINT:
+            await self.wait_trusted()
+
+    @property
+    def was_read(self) -> bool:
+        """Whether somebody had to wait for bytes of the layer in this process."""
+        return self._pass is not None or (self._fetcher is not None and self._fetcher.demanded > 0)
+
+    async def has_room(self) -> bool:
+        """Whether what is missing of the layer fits into the cache without evicting anything. Raises: as `fill`."""
+        index = await self.wait_complete()
+        chunks = self._means.chunks
+        keys = [self.chunk_key(number) for number in range(len(index.chunks))]
+        stored = await self._means.passes.in_thread(chunks.stored, keys)
+        missing = sum(chunk.size for chunk, is_here in zip(index.chunks, stored, strict=True) if not is_here)
+        return await self._means.passes.in_thread(lambda: chunks.volume + missing <= chunks.size)
+
+    async def fill(self, *, rate: float | None = None) -> None:
+        """Fetches what is not here yet, in the background, at most so many bytes a second; all of it is verified then.
+
+        Raises: Corrupt, Unreachable and other kinds of FsmountError.
+        """
+        index = await self.wait_complete()
+        if self.fetcher is not None and (index.trust is not Trust.HINT or index.codec is Codec.RAW):
+            await self.fetcher.complete(rate=rate)
+        await self.wait_trusted()
 
     async def wait_progress(self) -> None:
         """Returns when more of the layer is known than now. Raises: what the pass raised."""
@@ -443,7 +473,11 @@ class Supply:
         """The certified index, or None if a hint was wrong."""
         title = self.spec.title
         scanner = TarScanner() if title is None else OneFile(title)
-        inflate = await running.stream(self.source, scanner)
+        source: BlobSource = self.source
+        hint, fetcher = running.known, self._fetcher
+        if hint is not None and hint.codec is Codec.RAW and fetcher is not None and not fetcher.ignored:
+            source = FetchedBlob(fetcher, self._means.passes)
+        inflate = await running.stream(source, scanner)
         try:
             diff_id = running.keep.finish()
         except Invalid as error:
@@ -451,7 +485,6 @@ class Supply:
             raise Invalid(f"layer {digest}: {error.message}", remedy=error.remedy) from error
         if self._expected and str(diff_id) not in self._expected:
             self._compare(str(diff_id), min(self._expected))
-        hint = running.known
         facts = self._facts(Kind.STREAMED, Trust.CERTIFIED, hint.space if hint is not None else "")
         facts |= {"diff_id": str(diff_id), "compression": str(inflate.compression)}
         if hint is not None:

@@ -284,6 +284,7 @@ class Tree:
         self._nursery = nursery
         self.layers = layers
         self._path = folder.trees / f"{digest.algorithm}-{digest.hex}.sqlite"
+        self._numbers = [layer.number for layer in layers]
         self._stored: StoredTree | None = None
         self._looked = False
         self._overlay = Overlay(lambda position: layers[position].index, len(layers))
@@ -294,10 +295,23 @@ class Tree:
     @property
     def on_disk(self) -> StoredTree | None:
         """The merged tree, if it has been written."""
+        numbers = [layer.number for layer in self.layers]
+        if numbers != self._numbers:
+            # What a layer was when the tree was merged turned out to be wrong.
+            self._numbers = numbers
+            self._forget()
         if self._stored is None and not self._looked:
             self._looked = True
             self._stored = _load(self._path)
         return self._stored
+
+    def _forget(self) -> None:
+        if self._stored is not None:
+            self._stored.close()
+        self._stored = None
+        self._looked = False
+        self._merging = False
+        self._stacks.clear()
 
     @property
     def final(self) -> bool:
@@ -306,10 +320,7 @@ class Tree:
 
     def close(self) -> None:
         """Frees what the tree holds open; it opens by itself when it is asked again."""
-        if self._stored is not None:
-            self._stored.close()
-        self._stored = None
-        self._looked = False
+        self._forget()
         for layer in self.layers:
             layer.close_index()
 

@@ -73,7 +73,7 @@ class Flatbuffer:
             values[slot] += at + place
         return values
 
-    def text(self, at: int, most: int) -> bytes:
+    def text(self, at: int, most: int = 1 << 32) -> bytes:
         """The bytes of a string, or of a vector of bytes: so many at most."""
         size = self._number(at) if at else 0
         if size > most:

@@ -2,7 +2,7 @@
 
 Deflate data is inflated without its gzip wrapping, by isal, else by zlib; see `_restart` for how it begins in the
 middle of a byte. Memory is bounded by what the span claims, whatever the data would inflate to: about an eighth more
-than `size` at most, and 256 KiB.
+than `size` at most, and 1 MiB.
 """
 
 import hashlib

@@ -206,7 +206,7 @@ def _spans(ztoc: Flatbuffer, at: int, blob_size: int, tar_size: int) -> tuple[Co
     digests = [_sha256(ztoc.text(text, 160)) for text in ztoc.references(digests_at)]
     if last != len(digests) - 1:
         raise Malformed(f"expected the digests of {last + 1} spans, not of {len(digests)}")
-    checkpoints = ztoc.text(checkpoints_at, CHECKPOINTS.size + CHECKPOINT.size * len(digests))
+    checkpoints = ztoc.text(checkpoints_at)
     if algorithm == GZIP:
         return Codec.RESTART, _gzip_spans(_restarts(checkpoints, len(digests)), digests, blob_size, tar_size)
     if algorithm == UNCOMPRESSED:

@@ -20,7 +20,9 @@ from tests.peers import have
 HEADER = b"\x1f\x8b\x08" + bytes(6) + b"\xff"
 
 
-def header(*, extra: bytes | None = None, name: bytes = b"", comment: bytes = b"", crc: bool = False) -> bytes:
+def header(
+    *, extra: bytes | None = None, name: bytes = b"", comment: bytes = b"", crc: bool = False
+) -> bytes:
     """A member's header with optional fields (RFC 1952 §2.3)."""
     flags = 4 * (extra is not None) + 8 * bool(name) + 16 * bool(comment) + 2 * crc
     data = HEADER[:3] + bytes([flags]) + HEADER[4:]
@@ -144,9 +146,7 @@ SINGLE: dict[str, Callable[[bytes], bytes]] = {
         by_zlib, flushes=[zlib.Z_SYNC_FLUSH, zlib.Z_BLOCK, zlib.Z_PARTIAL_FLUSH, zlib.Z_FULL_FLUSH]
     ),
     "zlib, every header": partial(by_zlib, head=HEADERS[-1]),
-    **{
-        f"zlib-ng -{level}": partial(zlib_ng.compress, level=level, wbits=31) for level in (1, 2, 6, 9)
-    },
+    **{f"zlib-ng -{level}": partial(zlib_ng.compress, level=level, wbits=31) for level in (1, 2, 6, 9)},
     **{
         f"isal -{level}": partial(igzip_lib.compress, level=level, flag=igzip_lib.COMP_GZIP)
         for level in range(4)
@@ -174,6 +174,12 @@ def plain() -> bytes:
     return (prose + noise[:70_000] + noise[:50_000] + bytes(80_000) + noise)[:540_000] + prose[:100_000]
 
 
+@cache
+def encoded(encoder: str) -> bytes:
+    """What an encoder makes of `plain()`; skips the test if it is not there."""
+    return ENCODERS[encoder](plain())
+
+
 def fed(blob: bytes, step: int) -> Iterator[bytes]:
     """The blob in pieces."""
     for start in range(0, len(blob), step):
@@ -188,6 +194,7 @@ class _Stream(ctypes.Structure):
     )
 
 
+@cache
 def soci_points(blob: bytes, spacing: int) -> list[Restart]:
     """What SOCI's builder records of a single-member blob: libz, stopped at every boundary, with one large output."""
     try:
@@ -201,8 +208,10 @@ def soci_points(blob: bytes, spacing: int) -> list[Restart]:
     points: list[Restart] = []
     while libz.inflate(ctypes.byref(stream), 5) == 0:
         out = stream.total_out
-        if stream.data_type & 128 and not stream.data_type & 64 and (
-            not points or out - points[-1].out > spacing
+        if (
+            stream.data_type & 128
+            and not stream.data_type & 64
+            and (not points or out - points[-1].out > spacing)
         ):
             window = output.raw[max(0, out - 32768) : out]
             points.append(Restart(stream.total_in, out, stream.data_type & 7, window))
