@@ -219,6 +219,11 @@ class Fetcher:
             previous = chunk
         return found
 
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Has chunks brought in the background that are expected to be read."""
+        for stride in self._strides(number for number in numbers if number not in self._coming):
+            self._start(stride, urgent=False)
+
     # Completing
 
     @property

@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import trio
 
+from fsmount.archive import estargz, zstdchunked
 from fsmount.archive.entry import Entry, EntryType, Extent
 from fsmount.archive.span import Codec, Kind, Span, Table, Trust
 from fsmount.archive.ztoc import read_ztoc
@@ -59,12 +61,16 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """By what a layer can be read. `space` tells the cuts of this table from those of any other of the layer."""
+    """By what a layer can be read. `space` tells the cuts of this table from those of any other of the layer.
+
+    The first `prefetch` bytes of the blob are worth fetching before the first read.
+    """
 
     table: Table
     kind: Kind
     trust: Trust
     space: str
+    prefetch: int = 0
 
 
 class _WholeBlob(FsmountError):
@@ -110,7 +116,10 @@ class Finder:
             if hints:
                 yield Kind.RANGED_FILE, self._ranged_file
             return
-        # TOCS
+        if any(f"{prefix}manifest-checksum" in descriptor.annotations for prefix in zstdchunked.PREFIXES):
+            yield Kind.ZSTD_CHUNKED, self._zstd_chunked
+        if estargz.TOC_DIGEST in descriptor.annotations:
+            yield Kind.ESTARGZ, self._estargz
         if descriptor.size >= _LEAST_OF_SOCI:
             if spec.soci_index is not None:
                 yield Kind.SOCI_V2, self._soci_v2
@@ -177,20 +186,44 @@ class Finder:
             ztoc = index.ztocs.get(descriptor.digest)
             if ztoc is not None:
                 data = await _verified(source, ztoc)
-                table = await trio.to_thread.run_sync(
-                    lambda data: read_ztoc(data, blob_size=descriptor.size, max_size=self._most(descriptor)),
-                    data,
-                )
+                read = partial(read_ztoc, data, blob_size=descriptor.size, max_size=self._most(descriptor))
+                table = await trio.to_thread.run_sync(read)
                 return Found(table, kind, trust, f"-soci-{ztoc.digest.hex[:16]}")
         return None
 
     # Tables of contents in the blob itself
 
-    async def _estargz(self, spec: LayerSpec, source: Source) -> Found:
-        raise NotImplementedError
+    async def _estargz(self, spec: LayerSpec, source: Source) -> Found | None:
+        descriptor = spec.descriptor
+        digest = estargz.toc_digest(descriptor.annotations)
+        if digest is None:
+            return None
+        tail = await _read_tail(source, descriptor)
+        start, stop = estargz.toc_range(tail, descriptor.size)
+        data = await _read_near(source, descriptor, start, stop, tail)
+        read = partial(
+            estargz.read_toc, data, toc_offset=start, digest=digest, max_size=self._most(descriptor)
+        )
+        toc = await trio.to_thread.run_sync(read)
+        return Found(toc.table, Kind.ESTARGZ, Trust.BOUND, f"-estargz-{digest.hex()[:16]}", toc.prefetch)
 
-    async def _zstd_chunked(self, spec: LayerSpec, source: Source) -> Found:
-        raise NotImplementedError
+    async def _zstd_chunked(self, spec: LayerSpec, source: Source) -> Found | None:
+        descriptor = spec.descriptor
+        mark = zstdchunked.read_mark(descriptor.annotations, descriptor.size)
+        if mark is None:
+            return None
+        tail = b""
+        position = mark.position
+        if position is None:
+            tail = await _read_tail(source, descriptor)
+            position = zstdchunked.find_position(tail, descriptor.size)
+        data = await _read_near(source, descriptor, position.offset, position.stop, tail)
+        most = self._most(descriptor)
+        read = partial(zstdchunked.read_toc, data, position, checksum=mark.checksum, max_size=most)
+        toc = await trio.to_thread.run_sync(read)
+        return Found(
+            toc.table, Kind.ZSTD_CHUNKED, Trust.BOUND, f"-zstd-{mark.checksum.hex()[:16]}", toc.prefetch
+        )
 
 
 _Attempt: TypeAlias = Callable[[LayerSpec, Source], Awaitable[Found | None]]
@@ -214,6 +247,21 @@ async def _read(source: Source, descriptor: Descriptor, start: int, stop: int) -
     if len(data) != stop - start:
         raise Corrupt(f"layer {descriptor.digest} ends before byte {stop}")
     return data
+
+
+async def _read_tail(source: Source, descriptor: Descriptor) -> bytes:
+    """The end of a blob. As `_read`."""
+    return await _read(source, descriptor, max(0, descriptor.size - _TAIL), descriptor.size)
+
+
+async def _read_near(source: Source, descriptor: Descriptor, start: int, stop: int, tail: bytes) -> bytes:
+    """As `_read`, for what may be in the blob's end already."""
+    before = descriptor.size - len(tail)
+    return (
+        tail[start - before : stop - before]
+        if start >= before
+        else await _read(source, descriptor, start, stop)
+    )
 
 
 async def _verified(source: Source, descriptor: Descriptor) -> bytes:

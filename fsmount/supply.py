@@ -388,6 +388,9 @@ class Supply:
             self._refused.add(found.space)
             return False
         self._fetcher = None
+        if found.prefetch and self.fetcher is not None:
+            chunks = self._index.chunks
+            self.fetcher.prefetch([n for n, chunk in enumerate(chunks) if chunk.blob_stop <= found.prefetch])
         log.info("layer %s is read by its %s index", self.spec.descriptor.digest, found.kind)
         return True
 

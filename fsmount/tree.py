@@ -12,7 +12,7 @@ import trio
 from fsmount.archive.entry import EntryType
 from fsmount.cache import database
 from fsmount.cache.folder import CacheFolder, disk_errors, whole_file
-from fsmount.errors import FsmountError, Invalid, NotFound
+from fsmount.errors import Corrupt, FsmountError, Invalid, NotFound
 from fsmount.index import Content, LayerIndex, Member, unpack_content
 from fsmount.layer import Layer
 from fsmount.oci.digest import Digest
@@ -341,7 +341,7 @@ class Tree:
             try:
                 if self._stored is None:
                     try:
-                        self._stored = await trio.to_thread.run_sync(self._merge)
+                        self._stored = await self._merge_in_thread()
                     except FsmountError as error:
                         if isinstance(error.__cause__, sqlite3.DatabaseError):
                             await self._drop_damaged_indexes()
@@ -365,6 +365,15 @@ class Tree:
         stored = StoredTree.open(self._path)
         if stored is None:
             raise FsmountError(f"the tree of {self.digest} has vanished from the cache")
+        return stored
+
+    async def _merge_in_thread(self) -> StoredTree:
+        numbers = [layer.number for layer in self.layers]
+        stored = await trio.to_thread.run_sync(self._merge)
+        if numbers != [layer.number for layer in self.layers]:
+            stored.close()
+            self._path.unlink(missing_ok=True)
+            raise Corrupt(f"image {self.digest}: one of its layers turned out to be wrong meanwhile")
         return stored
 
     def _merge(self) -> StoredTree:

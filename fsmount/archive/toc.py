@@ -1,8 +1,8 @@
 """The table of contents that eStargz and zstd:chunked share: JSON that lists a layer's members and their chunks.
 
 eStargz calls it TOC (stargz-snapshotter, docs/estargz.md); zstd:chunked adds `endOffset` and `chunkType` to it
-(containers/storage, docs/containers-storage-zstd-chunked.md). Whoever made the image wrote it: nothing in it is believed
-that could lead a read out of the blob, or make one cost more than the chunk it is for.
+(containers/storage, docs/containers-storage-zstd-chunked.md). Whoever made the image wrote it: nothing in it is
+believed that could lead a read out of the blob, or make one cost more than the chunk it is for.
 """
 
 import base64

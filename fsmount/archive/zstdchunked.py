@@ -1,7 +1,8 @@
 """zstd:chunked: zstd layers that end in skippable frames, with a table of contents and a footer that says where it is.
 
-Everything here is about what the caller has fetched: the layer's annotations, the end of the blob, then the table. The
-format is described in containers/storage, docs/containers-storage-zstd-chunked.md; stargz-snapshotter writes a flavour of it.
+Everything here is about what the caller has fetched: the layer's annotations, the end of the blob, then the table.
+The format is described in containers/storage, docs/containers-storage-zstd-chunked.md; stargz-snapshotter writes a
+flavour of it, with the ranges of eStargz.
 """
 
 import hashlib

@@ -87,6 +87,8 @@ class TocScanner(TarScanner):
             uname, gname, device = _owners_and_device(header, block, records)
         except Malformed as problem:
             raise _unsupported(f"a header that Go does not read ({problem})", at) from None
+        if entry.type in (EntryType.CHAR, EntryType.BLOCK) and device != entry.device:
+            raise _unsupported("a device of which Go does not read the numbers", at)
         self.found.append(
             TocEntry(
                 name=name,

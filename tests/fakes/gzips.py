@@ -166,12 +166,12 @@ ENCODERS = SINGLE | {"members": _by_members}
 
 @cache
 def plain() -> bytes:
-    """640 KB: prose, what repeats from far, noise, and zeros."""
+    """440 KB: prose, what repeats from far, noise, and zeros."""
     random = Random(1)
     words = [random.randbytes(random.randrange(2, 9)).hex().encode() for _ in range(600)]
-    prose = b" ".join(random.choices(words, k=20_000))
+    prose = b" ".join(random.choices(words, k=12_000))
     noise = random.randbytes(100_000)
-    return (prose + noise[:70_000] + noise[:50_000] + bytes(80_000) + noise)[:540_000] + prose[:100_000]
+    return prose + noise[:70_000] + noise[:50_000] + bytes(80_000) + prose[:100_000]
 
 
 @cache

@@ -827,6 +827,7 @@ def test_the_archive_ends_after_two_zero_blocks_or_where_there_is_no_more() -> N
         ([Member(b"a", type=b"7")], "a file of type 7"),
         ([Member(b"a", mtime=base256(2**40, 12))], "a time"),
         ([Member(b"a", major=b"x")], "Go does not read"),
+        ([Member(b"a", magic=tar.V7, type=tar.CHAR, major=1, minor=3)], "a device of which Go"),
         ([pax({"atime": "x"}), Member(b"a")], "Go does not read"),
         ([pax({"uname": b"a\0b"}), Member(b"a")], "Go does not read"),
         ([Member(b"a", magic=tar.GNU, at={345: b"prefix"})], "Go does not read"),

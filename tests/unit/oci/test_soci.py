@@ -100,7 +100,7 @@ def test_strings_are_escaped_as_go_escapes_them(text: str, written: bytes) -> No
 
 def test_annotations_are_sorted_as_go_sorts_them() -> None:
     names = ["b", "a", "B", "\U0001f600", "\uffff", "é", ""]
-    ztoc = Descriptor(ZTOC, Digest.of(b"x"), 1, {name: "" for name in names})
+    ztoc = Descriptor(ZTOC, Digest.of(b"x"), 1, dict.fromkeys(names, ""))
     (layer,) = json.loads(encode_index([ztoc], tool="t"))["layers"]
     assert list(layer["annotations"]) == sorted(names, key=str.encode)
 
