@@ -24,13 +24,10 @@ log = logging.getLogger(__name__)
 
 #: Layers of fewer bytes are fetched whole: that is one request, and no more than an index of them would be.
 _WORTHWHILE = 1024 * 1024
-#: SOCI makes no index of smaller layers; so none is looked for.
-_LEAST_OF_SOCI = 10 * 1024 * 1024
 #: Ranges of what is not compressed.
 _RAW_SPAN = 1024 * 1024
 #: Bytes at the end of a blob among which its table of contents usually is.
 _TAIL = 1024 * 1024
-_LARGEST_ZTOC = 128 * 1024 * 1024
 #: Seconds for which it is remembered what SOCI indexes there are for an image.
 _REMEMBERED_SECONDS = 60
 
@@ -120,7 +117,7 @@ class Finder:
             yield Kind.ZSTD_CHUNKED, self._zstd_chunked
         if estargz.TOC_DIGEST in descriptor.annotations:
             yield Kind.ESTARGZ, self._estargz
-        if descriptor.size >= _LEAST_OF_SOCI:
+        if descriptor.size >= soci.MIN_LAYER_SIZE:
             if spec.soci_index is not None:
                 yield Kind.SOCI_V2, self._soci_v2
             if hints and spec.image is not None:
@@ -266,9 +263,9 @@ async def _read_near(source: Source, descriptor: Descriptor, start: int, stop: i
 
 async def _verified(source: Source, descriptor: Descriptor) -> bytes:
     """A blob of tens of megabytes, checked. Raises: Invalid (too large), Corrupt, and what the source raises."""
-    if descriptor.size > _LARGEST_ZTOC:
+    if descriptor.size > soci.MAX_ZTOC_SIZE:
         raise Invalid(
-            f"blob {descriptor.digest} has {descriptor.size} bytes: expected at most {_LARGEST_ZTOC}"
+            f"blob {descriptor.digest} has {descriptor.size} bytes: expected at most {soci.MAX_ZTOC_SIZE}"
         )
     async with source.blob(descriptor) as pieces:
         data = b"".join([piece async for piece in pieces])

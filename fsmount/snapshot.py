@@ -6,7 +6,8 @@ import os
 import stat
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from fsmount import extract
 from fsmount.archive.entry import EntryType
 from fsmount.cache.folder import from_os_error
 from fsmount.catalog import Content
-from fsmount.errors import Refused, UsageError
+from fsmount.errors import FsmountError, Refused, UsageError
 from fsmount.extract import File, Folders, Part
 from fsmount.index import unpack_xattrs
 from fsmount.layer import Layer, Piece
 from fsmount.overlay import Node
+from fsmount.singleflight import in_background, single_error
 from fsmount.tree import StoredTree, directory_key
 from fsmount.workers import Batch, Workers, start_workers
 
@@ -74,6 +76,10 @@ async def snapshot(
     progress = progress or Progress()
     check_destination(destination)
     parent = destination.absolute().parent
+    with single_error(FsmountError):
+        async with trio.open_nursery() as nursery:
+            for layer in content.tree.layers:
+                nursery.start_soon(layer.wait_trusted)
     await content.tree.stored()
     try:
         name = os.fsdecode(os.fsencode(destination.name)[:200])
@@ -91,6 +97,17 @@ async def snapshot(
     except OSError as error:
         raise from_os_error(error, destination, elsewhere="Choose another place.") from error
     return progress
+
+
+@asynccontextmanager
+async def _fetching(layers: Sequence[Layer]) -> AsyncIterator[None]:
+    """Has what is missing of layers fetched ahead, several parts at once; who needs a part hears what went wrong."""
+    async with trio.open_nursery() as nursery:
+        for layer in layers:
+            what = f"fetching layer {layer.spec.descriptor.digest} ahead"
+            nursery.start_soon(in_background, what, layer.fill)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 def check_destination(destination: Path) -> None:
@@ -120,7 +137,7 @@ class _Writer:
             plan = await trio.to_thread.run_sync(self._plan_folders, stored)
             await trio.to_thread.run_sync(self._make_folders, plan)
             crossing: list[File] = []
-            async with start_workers(self._root) as workers:
+            async with start_workers(self._root) as workers, _fetching(self._layers):
                 for position, layer in enumerate(self._layers):
                     with contextlib.closing(self._plan_files(plan, stored, position, layer)) as files:
                         await self._write_layer(layer, files, workers, crossing)

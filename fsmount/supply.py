@@ -204,13 +204,18 @@ class Supply:
         return await self._means.passes.in_thread(lambda: chunks.volume + missing <= chunks.size)
 
     async def fill(self, *, rate: float | None = None) -> None:
-        """Fetches what is not here yet, in the background, at most so many bytes a second; all of it is verified then.
+        """Fetches what is not here yet, if the cache can hold it; a layer that was read on a hint is verified then.
 
-        Raises: Corrupt, Unreachable and other kinds of FsmountError.
+        rate: bytes a second, at most. Raises: Corrupt, Unreachable and other kinds of FsmountError.
         """
         index = await self.wait_complete()
-        if self.fetcher is not None and (index.trust is not Trust.HINT or index.codec is Codec.RAW):
-            await self.fetcher.complete(rate=rate)
+        fetcher = self.fetcher
+        if (
+            fetcher is not None
+            and fetcher.fits
+            and (index.trust is not Trust.HINT or index.codec is Codec.RAW)
+        ):
+            await fetcher.complete(rate=rate)
         await self.wait_trusted()
 
     async def wait_progress(self) -> None:
@@ -396,7 +401,9 @@ class Supply:
 
     def _write_found(self, found: Found) -> LayerIndex:
         with self._new_file() as path:
-            write_index(path, found.table, self._facts(found.kind, found.trust, found.space))
+            facts = self._facts(found.kind, found.trust, found.space)
+            facts["compression"] = str(_COMPRESSIONS[found.table.codec])
+            write_index(path, found.table, facts)
             return self._publish(path)
 
     def _facts(self, kind: Kind, trust: Trust, space: str) -> dict[str, object]:
@@ -555,6 +562,14 @@ class Supply:
         self._is_void = True
         self._hinted = {}
         self._on_void(error)
+
+
+_COMPRESSIONS = {
+    Codec.RAW: Compression.NONE,
+    Codec.RESTART: Compression.GZIP,
+    Codec.GZIP: Compression.GZIP,
+    Codec.ZSTD: Compression.ZSTD,
+}
 
 
 def _spans(

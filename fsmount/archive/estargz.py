@@ -64,7 +64,7 @@ def toc_range(tail: bytes, blob_size: int) -> tuple[int, int]:
             break
     else:
         raise Invalid(f"the eStargz layer ends with {tail[-TAIL_SIZE:]!r}: expected a footer")
-    if not 0 < start < stop:
+    if not start < stop:
         raise Invalid(
             f"the eStargz layer's footer: expected a table of contents before {stop}, not at {start}"
         )

@@ -15,6 +15,8 @@ from fsmount.archive.header import Malformed
 #: A writer may let tables share what they have in common, such as a string. So more can be read than is there, but
 #: not twice as much; who makes all of a million references lead to the same megabyte is refused.
 _MOST_READ = 2
+#: Vtables are shared by all tables that lack the same fields: in a ztoc there are some dozens.
+_MOST_VTABLES = 1000
 
 _U32 = struct.Struct("<I")
 _I32 = struct.Struct("<i")
@@ -24,11 +26,11 @@ _TWO_U16 = struct.Struct("<HH")
 class Form:
     """One kind of table: how each of its fields is written, by struct's letters, or R for a reference."""
 
-    def __init__(self, kinds: str, **defaults: int) -> None:
-        """defaults: what a field is that is absent, by its letter; 0 if nothing is said."""
+    def __init__(self, kinds: str, *, byte: int = 0) -> None:
+        """byte: what a field `b` is when it is absent; all others are 0 then."""
         self.formats = kinds.replace("R", "I")
         self.references = [slot for slot, kind in enumerate(kinds) if kind == "R"]
-        self.defaults = tuple(defaults.get(kind, 0) for kind in kinds)
+        self.defaults = tuple(byte if kind == "b" else 0 for kind in kinds)
 
 
 class _Layout(NamedTuple):
@@ -109,6 +111,8 @@ class Flatbuffer:
 
     def _layout(self, vtable: int, form: Form) -> _Layout:
         data = self._data
+        if len(self._layouts) >= _MOST_VTABLES:
+            raise Malformed(f"expected at most {_MOST_VTABLES} vtables")
         if not 0 <= vtable <= len(data) - 4:
             raise Malformed(f"expected a vtable at {vtable}, and there are {len(data)} bytes")
         vtable_size, table_size = _TWO_U16.unpack_from(data, vtable)

@@ -79,7 +79,7 @@ def parse_toc(data: bytes, codec: Codec, *, limit: int, max_size: int) -> Toc:
     """The table in `data` (JSON) of a blob whose chunks lie in its first `limit` bytes, in `codec`.
 
     max_size: how many bytes all files together may have.
-    CPU: 1.3 s for 100,000 files.
+    CPU: 2 s for 100,000 files. Memory: the text of the table, and 0.7 KB an entry.
     Raises: Invalid; Unsupported (another version, more entries or larger chunks than are read).
     """
     if data.count(b"{") + data.count(b"[") > 4 * MAX_ENTRIES:
@@ -364,7 +364,6 @@ class _Reader:
             return
         self._chunks += found
         self._joined += sum(chunk.size for chunk in found)
-        device = (_integer(first, "devMajor", _MAX_DEVICE), _integer(first, "devMinor", _MAX_DEVICE))
         entry = Entry(
             path=path,
             type=type_,
@@ -374,7 +373,7 @@ class _Reader:
             size=size,
             mtime_ns=_nanoseconds(_string(first, "modtime")),
             link=_link(first, type_),
-            device=device if type_ in (EntryType.CHAR, EntryType.BLOCK) else (0, 0),
+            device=_device(first) if type_ in (EntryType.CHAR, EntryType.BLOCK) else (0, 0),
             xattrs=_xattrs(first),
             extents=extents,
         )
@@ -452,6 +451,10 @@ def _link(fields: _Fields, type_: EntryType) -> bytes:
     if not 0 < len(target) <= MAX_PATH:
         raise Malformed(f"expected a link target of 1 to {MAX_PATH} bytes, not {len(target)}")
     return target
+
+
+def _device(fields: _Fields) -> tuple[int, int]:
+    return _integer(fields, "devMajor", _MAX_DEVICE), _integer(fields, "devMinor", _MAX_DEVICE)
 
 
 def _is_zeros(fields: _Fields) -> bool:

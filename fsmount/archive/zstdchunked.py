@@ -122,10 +122,10 @@ def read_toc(data: bytes, position: Position, *, checksum: bytes, max_size: int)
 
 
 def _position(offset: int, length: int, size: int, type_: int, limit: int) -> Position:
-    """limit: where the table must have ended. Before it is the header of its frame, and at least a byte of data."""
+    """limit: where the table must have ended. Before it is the header of its frame."""
     if type_ != _CRFS:
         raise Unsupported(f"the zstd:chunked layer has a table of contents of type {type_}: only 1 is read")
-    if not (offset > _FRAME.size and 0 < length <= limit - offset and size > 0):
+    if not (offset >= _FRAME.size and 0 < length <= limit - offset and size > 0):
         raise Invalid(
             "the zstd:chunked layer's table of contents: "
             f"expected it within the blob's first {limit} bytes, not {length} bytes at {offset} ({size} inflated)"

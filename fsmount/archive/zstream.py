@@ -1,7 +1,7 @@
 """The inflate of zlib-ng or zlib, called natively: it alone says at which bit of its input a deflate block ended.
 
 Python's zlib modules do not give that away, so this calls the C functions by ctypes, which releases the GIL: those
-of zlib-ng as they lie in the Python package's own library, else those of the system's libz, at half the speed.
+of zlib-ng, which are in the library of its Python package, else those of the system's libz, at half the speed.
 """
 
 import contextlib
@@ -127,10 +127,10 @@ class Inflater:
     nobody refers to it.
     """
 
-    def __init__(self, used: Library | None = None) -> None:
+    def __init__(self) -> None:
         """Raises: Unsupported (there is neither zlib-ng nor libz); MemoryError."""
         self._library: Library | None = None  # until there is something to free
-        used = used or library()
+        used = library()
         if used is None:
             raise Unsupported("neither zlib-ng nor libz can be called here: expected one of them")
         self._lock = threading.Lock()
@@ -171,9 +171,10 @@ class Inflater:
 
     @property
     def boundary(self) -> int | None:
-        """None, or the inflating stands where a block begins that is not the member's first byte.
+        """Where the last call of `inflate` stopped: None if no block begins there.
 
-        How many high bits, 0 to 7, of the byte read last belong to that block: meaningful after a call of `inflate`.
+        Else how many high bits, 0 to 7, of the byte read last belong to the block. After a member's header one
+        begins as well; after its last block none.
         """
         kind = int(self._stream.data_type)
         return kind & _BITS if kind & _BOUNDARY and not kind & _LAST_BLOCK else None

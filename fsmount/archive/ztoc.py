@@ -42,14 +42,14 @@ CHECKPOINT = struct.Struct(f"<qqB{WINDOW_SIZE}s")
 MAX_SPAN = 64 << 20
 #: Of one byte deflate makes no more: 258 bytes cost two bits at least (RFC 1951 §3.2.5).
 _MAX_RATIO = 1032
-#: Longer than the header of any gzip member that is written: what comes before the first checkpoint of old ztocs.
+#: No gzip header is shorter, and those are so long that name no file: old ztocs know no others.
 _SHORT_HEADER = 10
 
 _ZTOC = Form("RRqqRR")
 _TOC = Form("R")
 _FILE = Form("RRqqRqIIRRRqqR")
 _RECORD = Form("RR")
-_COMPRESSION = Form("biRR", b=GZIP)
+_COMPRESSION = Form("biRR", byte=GZIP)
 _TAR_ZINFO = Form("iqq")
 
 _MAX_TEXT = 1 << 20  # of a PAX record: what an extension header may hold
@@ -66,8 +66,8 @@ _SECOND = timedelta(seconds=1)
 def read_ztoc(data: bytes, *, blob_size: int, max_size: int) -> Table:
     """The table of a layer whose blob has blob_size bytes, and may inflate to max_size.
 
-    The entries are those of the layer's tar, their extents in its bytes; spans have the sha256 of what is to be
-    inflated. Takes no more memory than a small multiple of data.
+    The entries are those of the layer's tar, their extents in its bytes; spans have the sha256 of their
+    compressed bytes. Takes no more memory than a small multiple of data.
 
     Raises: Invalid, for anything else than a ztoc that can be of such a layer.
     """

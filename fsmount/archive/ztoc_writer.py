@@ -58,7 +58,7 @@ def write_ztoc(
     checkpoints: bytes,
     digests: Sequence[bytes],
 ) -> bytes:
-    """A ztoc of a layer with these members, in 0.1 ms for each.
+    """A ztoc of a layer with these members: of 32,000 in 1.3 to 2.3 s.
 
     tool: who made it, for people to read.
     tar_size: where the tar ends, which may be before all is inflated (TocScanner.stop).

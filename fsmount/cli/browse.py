@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
@@ -13,6 +14,7 @@ from fsmount.engine import Engine, open_engine
 from fsmount.errors import AccessDenied, NotFound, Unreachable
 from fsmount.oci.platform import Platform
 from fsmount.overlay import Node
+from fsmount.policy import Indexes
 from fsmount.tree import directory_key
 
 _Result = TypeVar("_Result")
@@ -28,11 +30,13 @@ def run(
     *,
     platform: str | None = None,
     path: str | None = None,
+    indexes: Indexes = Indexes.ANY,
 ) -> _Result:
     """Runs a command on what SOURCE shows. Raises: FsmountError of every kind."""
 
     async def main() -> _Result:
-        async with open_content(options, source, platform=platform, path=path) as (engine, content):
+        opened = open_content(options, source, platform=platform, path=path, indexes=indexes)
+        async with opened as (engine, content):
             return await command(engine, content)
 
     return trio.run(main)
@@ -40,14 +44,23 @@ def run(
 
 @asynccontextmanager
 async def open_content(
-    options: ConfigOptions, source: str, *, platform: str | None = None, path: str | None = None
+    options: ConfigOptions,
+    source: str,
+    *,
+    platform: str | None = None,
+    path: str | None = None,
+    indexes: Indexes = Indexes.ANY,
 ) -> AsyncIterator[tuple[Engine, Content]]:
-    """The engine, and what SOURCE shows now; `path` chooses the folder that is shown."""
+    """The engine, and what SOURCE shows now; `path` chooses the folder that is shown.
+
+    indexes: by which layers may be read, if the configuration is not stricter.
+    """
     config = options.load()
     chosen = Platform.parse(platform) if platform else None
     async with open_engine(config) as engine:
         app, version = engine.find(source, platform=chosen, path=path)
         try:
+            app = replace(app, indexes=indexes.strictest(app.indexes))
             content = await engine.catalog.open(app, version)
         except (NotFound, AccessDenied, Unreachable) as error:
             name = app.name.removeprefix("docker.io/library/")

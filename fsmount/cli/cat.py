@@ -23,6 +23,7 @@ def cat(options: ConfigOptions, source: str, path: str, platform: str | None) ->
     from fsmount.catalog import Content
     from fsmount.cli import browse
     from fsmount.engine import Engine
+    from fsmount.policy import Indexes
 
     async def command(engine: Engine, content: Content) -> None:
         # A slash at the end follows a symlink that is the path's last name.
@@ -40,4 +41,5 @@ def cat(options: ConfigOptions, source: str, path: str, platform: str | None) ->
         await layer.wait_complete()
         sys.stdout.buffer.flush()
 
-    browse.run(options, source, command, platform=platform)
+    # What is printed cannot be taken back: by what nobody vouches for nothing is read.
+    browse.run(options, source, command, platform=platform, indexes=Indexes.BOUND)

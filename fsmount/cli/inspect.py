@@ -31,14 +31,24 @@ def inspect(options: ConfigOptions, source: str, platform: str | None, as_json: 
             "indexed": index is not None,
         }
         if index is not None:
+            stored = layer.stored_chunks()
+            here = sum(
+                chunk.blob_stop - chunk.blob_start
+                for chunk, is_here in zip(index.chunks, stored, strict=True)
+                if is_here
+            )
             if layer.spec.title is None:
                 facts["kind"] = str(index.facts["compression"])
             facts |= {
+                "read_as": str(index.kind),
+                "trust": str(index.trust),
                 "inflated_size": index.inflated_size,
                 "diff_id": index.diff_id,
                 "members": index.members,
                 "chunks": len(index.chunks),
-                "cached_chunks": sum(layer.stored_chunks()),
+                "cached_chunks": sum(stored),
+                # Of the blob; None where no part of it can be had alone.
+                "cached_size": min(here, descriptor.size) if index.has_spans else None,
             }
         return facts
 
@@ -73,4 +83,8 @@ def _table(facts: dict[str, object]) -> str:
                 f"    {layer['members']} members, {layer['inflated_size']} bytes inflated,"
                 f" {layer['cached_chunks']} of {layer['chunks']} chunks cached"
             )
+            text = f"    read as {layer['read_as']}, {layer['trust']}"
+            if layer["cached_size"] is not None:
+                text += f"; {layer['size'] - layer['cached_size']} bytes need not be here"
+            lines.append(text)
     return "\n".join(lines)

@@ -41,6 +41,7 @@ def snapshot(
     from fsmount.cli import browse
     from fsmount.cli.progress import show_progress
     from fsmount.errors import FsmountError
+    from fsmount.policy import Indexes
     from fsmount.singleflight import single_error
     from fsmount.snapshot import Progress, check_destination
     from fsmount.snapshot import snapshot as write
@@ -52,7 +53,8 @@ def snapshot(
     async def main() -> bool:
         async with trio.open_nursery() as outer:
             outer.start_soon(stop, outer.cancel_scope)
-            opened = browse.open_content(options, source, platform=platform, path=path)
+            # All of it is wanted: streaming that is quickest, and verifies it.
+            opened = browse.open_content(options, source, platform=platform, path=path, indexes=Indexes.OFF)
             async with opened as (_, content), trio.open_nursery() as nursery:
                 nursery.start_soon(show_progress, content.tree.layers, progress)
                 await write(content, destination, keep_privileges=keep_privileges, progress=progress)

@@ -1,4 +1,4 @@
-"""Makes eStargz blobs as stargz-snapshotter does (docs/estargz.md), and the tables of contents they have.
+"""Makes eStargz blobs as stargz-snapshotter does (docs/estargz.md), the tables they have, and reads files by a table.
 
 estargz([Member(b"bin/", type=DIRECTORY), Member(b"bin/sh", b"content", xattrs={"user.a": b"1"})], min_chunk=50_000)
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
+from fsmount.archive.inflate import check_span, inflate_span
+from fsmount.archive.span import Table
 from tests.fakes import tar
 
 #: A table of contents, or an entry of one: whatever a test wants to have there.
@@ -64,13 +66,16 @@ def digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def table(entries: Iterable[Json], **more: Any) -> bytes:
+def table(entries: Iterable[Json]) -> Json:
+    return {"version": 1, "entries": list(entries)}
+
+
+def encoded(toc: Json) -> bytes:
     """The JSON of a table. Names that are no UTF-8 stand there as they are."""
-    text = json.dumps({"version": 1, "entries": list(entries)} | more, ensure_ascii=False)
-    return text.encode("utf-8", "surrogateescape")
+    return json.dumps(toc, ensure_ascii=False).encode("utf-8", "surrogateescape")
 
 
-def described(member: Member, **more: Any) -> Json:
+def described(member: Member) -> Json:
     """What a table says of a member but for its contents. Go leaves out what is 0 or empty."""
     assert isinstance(member.mtime, int)
     fields: Json = {
@@ -84,7 +89,7 @@ def described(member: Member, **more: Any) -> Json:
     }
     if member.mtime:
         fields["modtime"] = datetime.fromtimestamp(member.mtime, UTC).isoformat().replace("+00:00", "Z")
-    kept = {key: value for key, value in (fields | more).items() if value}
+    kept = {key: value for key, value in fields.items() if value}
     return {"name": text(member.name), "type": _TYPES[member.type], **kept}
 
 
@@ -126,12 +131,15 @@ def lay_out(
         if member.type != tar.FILE:
             yield described(member)
             continue
-        fields = described(member, size=len(member.data), digest=digest(member.data))
-        if not member.data:
+        fields = described(member) | {"digest": digest(member.data)}
+        if member.data:
+            fields["size"] = len(member.data)
+        else:
             yield fields
         for at in range(0, len(member.data), chunk_size):
             chunk = member.data[at : at + chunk_size]
-            place = layout.place(min_chunk)
+            # The snapshotter prefetches up to a landmark: so it begins a member.
+            place = layout.place(0 if member in (PREFETCH, NO_PREFETCH) else min_chunk)
             layout.write(chunk)
             more = {"chunkSize": chunk_size if len(chunk) == chunk_size else 0, "chunkOffset": at}
             entry = fields if not at else {"name": text(member.name), "type": "chunk"}
@@ -150,13 +158,10 @@ def estargz(
 ) -> Blob:
     """A blob. `min_chunk`: so many inflated bytes a gzip member has, before another begins; `change`: of its table."""
     layout = Layout(lambda data: gzip.compress(data, mtime=0))
-    toc: Json = {
-        "version": 1,
-        "entries": list(lay_out(layout, members, chunk_size=chunk_size, min_chunk=min_chunk)),
-    }
+    toc = table(lay_out(layout, members, chunk_size=chunk_size, min_chunk=min_chunk))
     if change is not None:
         change(toc)
-    return with_table(layout, table(**toc), footer=footer)
+    return with_table(layout, encoded(toc), footer=footer)
 
 
 def with_table(layout: Layout, toc: bytes, *, footer: Callable[[int], bytes] | None = None) -> Blob:
@@ -188,3 +193,24 @@ def footer_46(offset: int) -> bytes:
 def _empty(extra: bytes) -> bytes:
     header = bytes.fromhex("1f8b0804 00000000 00ff") + len(extra).to_bytes(2, "little") + extra
     return header + bytes.fromhex("01 0000 ffff") + bytes(8)
+
+
+# Reading
+
+
+def contents(table: Table, blob: bytes) -> list[tuple[bytes, bytes]]:
+    """Every member's path and content, by its extents and the spans; each span is compared with its digest."""
+    pieces = []
+    for span in table.spans:
+        data = blob[span.offset : span.offset + span.length]
+        pieces.append(inflate_span(table.codec, span, data))
+        check_span(span, data, pieces[-1])
+    joined = b"".join(pieces)
+    found = []
+    for entry in table.entries:
+        content = bytearray(entry.size)
+        for at, offset, size in entry.extents:
+            content[at : at + size] = joined[offset : offset + size]
+        assert len(content) == entry.size
+        found.append((entry.path, bytes(content)))
+    return found

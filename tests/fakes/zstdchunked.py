@@ -5,7 +5,6 @@ zstd_chunked([Member(b"bin/sh", b"content")], chunk_size=4, prefix=LEGACY, foote
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import zstandard
 
@@ -18,6 +17,7 @@ from tests.fakes.estargz import (
     Member,
     described,
     digest,
+    encoded,
     lay_out,
     table,
     text,
@@ -62,7 +62,7 @@ def zstd_chunked(
 ) -> Blob:
     """A blob of containers/storage's form. Chunks of zeros are holes, in files of several. `change`: of its table."""
     layout = Layout(frame)
-    toc: Json = {"version": 1, "entries": list(_lay_out(layout, members, chunk_size))}
+    toc = table(_lay_out(layout, members, chunk_size))
     return _with_table(layout, toc, change, prefix, footer)
 
 
@@ -75,10 +75,7 @@ def stargz_flavour(
 ) -> Blob:
     """A blob of stargz-snapshotter's form: entries as in eStargz, without endOffset."""
     layout = Layout(frame)
-    toc: Json = {
-        "version": 1,
-        "entries": list(lay_out(layout, members, chunk_size=chunk_size, min_chunk=min_chunk)),
-    }
+    toc = table(lay_out(layout, members, chunk_size=chunk_size, min_chunk=min_chunk))
     blob = _with_table(layout, toc, change, LEGACY, footer_stargz)
     return Blob(
         blob.data,
@@ -97,7 +94,7 @@ def _lay_out(layout: Layout, members: Iterable[Member], chunk_size: int) -> Iter
             yield described(member) | unknown
             continue
         size = len(member.data)
-        entry: Json = described(member, size=size, digest=digest(member.data)) | unknown
+        entry: Json = described(member) | {"size": size, "digest": digest(member.data)} | unknown
         entries = []
         for at in range(0, size, chunk_size):
             chunk = member.data[at : at + chunk_size]
@@ -123,7 +120,7 @@ def _with_table(
 ) -> Blob:
     if change is not None:
         change(toc)
-    return with_table(layout, table(**toc), prefix=prefix, footer=footer)
+    return with_table(layout, encoded(toc), prefix=prefix, footer=footer)
 
 
 def with_table(
@@ -132,13 +129,14 @@ def with_table(
     *,
     prefix: str = CURRENT,
     footer: Callable[[int, int, int], bytes] = footer_64,
-    **claimed: Any,
+    size: int | None = None,
+    end: bytes = tar.END,
 ) -> Blob:
-    """What has been laid out, and a table of any contents behind it; `size=` of it that is not the true one."""
-    layout.write(tar.END)
+    """What has been laid out, and a table of any contents behind it; `size`: what is said of it, if not the truth."""
+    layout.write(end)
     offset = layout.cut() + 8
     compressed = frame(toc)
-    place = (offset, len(compressed), claimed.get("size", len(toc)))
+    place = (offset, len(compressed), len(toc) if size is None else size)
     data = layout.blob + skippable(compressed) + skippable(footer(*place))
     annotations = {
         prefix + "manifest-checksum": digest(compressed),

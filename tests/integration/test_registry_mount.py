@@ -100,7 +100,8 @@ class Front:
 
     @property
     def plain_http(self) -> str:
-        return f'[registries."{self.proxy.host}"]\nplain_http = true\n'
+        # By indexes, the large layer would be read in parts: it is a plain tar.
+        return f'[defaults]\nindexes = "off"\n[registries."{self.proxy.host}"]\nplain_http = true\n'
 
     def app(self, name: str, repository: str) -> str:
         return f"{name}={self.proxy.host}/{repository}"

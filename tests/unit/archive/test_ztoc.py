@@ -672,6 +672,16 @@ def test_a_field_outside_its_table_or_over_another_is_refused(place: int) -> Non
         refusal(HAND_WRITTEN[:at] + struct.pack("<H", place) + HAND_WRITTEN[at + 2 :])
 
 
+@pytest.mark.parametrize(("at", "size"), [(8, 40), (64, 16), (230, 8), (252, 60)])
+def test_fields_that_leave_the_table_are_refused(at: int, size: int) -> None:
+    def with_size(number: int) -> bytes:
+        return HAND_WRITTEN[: at + 2] + struct.pack("<H", number) + HAND_WRITTEN[at + 4 :]
+
+    assert with_size(size) == HAND_WRITTEN
+    for smaller in (size - 1, 4, 0):
+        assert f"in the table's {smaller} bytes" in refusal(with_size(smaller))
+
+
 @pytest.mark.parametrize("at", [92, 100, 176, 244, 400, 408, 424])
 @pytest.mark.parametrize("count", [2**32 - 1, 2**31, 2**30, 500])
 def test_a_vector_or_string_that_is_longer_than_the_data_is_refused(at: int, count: int) -> None:
@@ -717,6 +727,15 @@ def test_what_is_small_and_claims_to_be_large_is_refused_at_once(
     started = time.process_time()
     assert "again and again" in refusal(data, 2**22)
     assert time.process_time() - started < 2
+
+
+def test_more_vtables_than_a_writer_makes_are_refused() -> None:
+    strange = Strange()
+    files = []
+    for number in range(1100):
+        strange.builder.vtables.clear()  # so that it finds none to share
+        files.append(strange.file(number, strange.builder.CreateString(b"%d" % number), 0))
+    assert "at most 1000 vtables" in refusal(strange.data(files), 2**22)
 
 
 def test_strings_that_a_writer_shares_are_read() -> None:
@@ -784,6 +803,13 @@ def test_device_numbers_are_read_of_all_but_the_oldest_headers() -> None:
     assert [entry.device for entry in found(Member(b"a", magic=tar.GNU, major=1, minor=2))] == [(1, 2)]
     v7 = Member(b"a", magic=tar.V7, major=1, minor=2, at={265: b"user"})
     assert [(entry.device, entry.uname) for entry in found(v7)] == [((0, 0), b"")]
+
+
+def test_go_reads_the_times_of_gnu_only_where_there_are_some() -> None:
+    fields = {345: b"\0junk", 357: b"\0junk"}
+    assert [entry.name for entry in found(Member(b"a", magic=tar.GNU, at=fields))] == [b"a"]
+    times = {345: b"00000000017\0", 357: base256(2**40, 12)}
+    assert [entry.name for entry in found(Member(b"a", magic=tar.GNU, at=times))] == [b"a"]
 
 
 def test_only_files_have_a_size() -> None:
