@@ -3,7 +3,7 @@
 import json
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fsmount.archive.entry import Entry, EntryType
@@ -76,8 +76,10 @@ class IndexBuilder:
     For one thread at a time; `index` may be queried from others meanwhile.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hidden: Collection[bytes] = ()) -> None:
+        """hidden: paths of entries that are left out."""
         self.path = path
+        self._hidden = hidden
         self._connection = database.create(path, schema=SCHEMA, version=VERSION)
         self.index = LayerIndex(self._connection, complete=False)
         self._next = 1
@@ -94,6 +96,8 @@ class IndexBuilder:
         """Raises: Invalid, naming the entry."""
         for entry in entries:
             if b".wh." in entry.path and self._whiteout(entry):
+                continue
+            if entry.path in self._hidden:
                 continue
             if entry.type is EntryType.DIRECTORY:
                 self._add_directory(entry)

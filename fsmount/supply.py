@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import trio
 
+from fsmount.archive import estargz
 from fsmount.archive.codecs import Compression
 from fsmount.archive.restarts import chunk_spans
 from fsmount.archive.scan import TarScanner
 from fsmount.archive.span import Codec, Kind, Span, Trust
+from fsmount.archive.toc import HIDDEN
 from fsmount.cache import database
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder, disk_errors, publish
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds during which a layer that was found corrupt is not downloaded again.
 _CONDEMNED_SECONDS = 60
+
+#: Bytes of a blob that are fetched because its maker says so.
+_LARGEST_PREFETCH = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,9 +398,10 @@ class Supply:
             self._refused.add(found.space)
             return False
         self._fetcher = None
-        if found.prefetch and self.fetcher is not None:
+        if found.prefetch and self.fetcher is not None and self.fetcher.fits:
+            stop = min(found.prefetch, _LARGEST_PREFETCH)
             chunks = self._index.chunks
-            self.fetcher.prefetch([n for n, chunk in enumerate(chunks) if chunk.blob_stop <= found.prefetch])
+            self.fetcher.prefetch([n for n, chunk in enumerate(chunks) if chunk.blob_stop <= stop])
         log.info("layer %s is read by its %s index", self.spec.descriptor.digest, found.kind)
         return True
 
@@ -447,7 +453,9 @@ class Supply:
         hint = running.known
         self._is_void = False
         with self._new_file() as path:
-            builder = IndexBuilder(path)
+            # As its own table of contents would have it.
+            has_toc = estargz.TOC_DIGEST in self.spec.descriptor.annotations
+            builder = IndexBuilder(path, hidden=HIDDEN if has_toc else ())
             if hint is None:
                 self._index = builder.index
             running.keep = Keep(hint, builder, self._hinted if hint is not None else None)

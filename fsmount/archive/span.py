@@ -18,9 +18,9 @@ class Codec(enum.IntEnum):
     RAW = 0
     #: Deflate data from a restart point on, over the seams of gzip members if need be.
     RESTART = 1
-    #: One or more whole gzip members.
+    #: One or more gzip members; of the last there may be no more than what is wanted of it.
     GZIP = 2
-    #: One or more whole zstd frames.
+    #: One or more zstd frames; the last as with gzip members.
     ZSTD = 3
 
 

@@ -37,7 +37,8 @@ MAX_CHUNK = 256 << 20
 TOC_NAME = b"stargz.index.json"
 PREFETCH_LANDMARK = b".prefetch.landmark"
 NO_PREFETCH_LANDMARK = b".no.prefetch.landmark"
-_HIDDEN = (TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK)
+#: What is in the root of such a layer's tar, and of no image's tree.
+HIDDEN = (TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK)
 
 _TYPES = {
     "reg": EntryType.FILE,
@@ -358,7 +359,7 @@ class _Reader:
             raise Malformed("expected only files to have chunks")
         size = _integer(first, "size") if type_ is EntryType.FILE else 0
         extents, found = self._contents(first, chunks, size)
-        if path in _HIDDEN:
+        if path in HIDDEN:
             if path == PREFETCH_LANDMARK:
                 self._prefetch = _integer(first, "offset", self._limit)
             return

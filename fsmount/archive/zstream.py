@@ -22,9 +22,8 @@ MAX_OUTPUT = 256 * 1024
 # zlib.h: one gzip member with a window of 32 KiB, flushes, results, and the flags in data_type after an inflate.
 _GZIP = 16 + 15
 _NO_FLUSH, _BLOCK = 0, 5
-_OK, _STREAM_END, _BUF_ERROR, _MEM_ERROR, _DATA_ERROR = 0, 1, -5, -4, -3
+_OK, _STREAM_END, _MEM_ERROR, _BUF_ERROR = 0, 1, -4, -5
 _BITS, _LAST_BLOCK, _BOUNDARY = 7, 64, 128
-
 
 #: What z_stream and zng_stream have in common. The size_t of the latter is as wide as a long on Linux.
 _COMMON: list[tuple[str, Any]] = [
@@ -123,7 +122,7 @@ class Inflater:
     """Inflates gzip members one after the other, and can stop where a block ends.
 
     Its calls may come from several threads, and then wait for each other.
-    Ownership: it keeps the data given last until it is used up, and its native memory until `close`, or until
+    Ownership: it keeps the data given last until it is given more, and its native memory until `close`, or until
     nobody refers to it.
     """
 
@@ -191,7 +190,7 @@ class Inflater:
             if native is None or self._ended:
                 raise RuntimeError("the inflater is closed, or its member has ended: reset it first")
             stream = self._stream
-            room = min(max_output, MAX_OUTPUT)
+            room = max(0, min(max_output, MAX_OUTPUT))  # never more than the memory there is
             stream.next_out = self._output_at
             stream.avail_out = room
             status = native.inflate(self._reference, _BLOCK if stop_at_boundary else _NO_FLUSH)

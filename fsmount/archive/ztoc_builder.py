@@ -1,14 +1,14 @@
-"""ZtocBuilder: makes the ztoc of a gzip layer while the layer's blob goes by, once."""
+"""ZtocBuilder and TarZtocBuilder: make the ztoc of a layer, gzip or plain tar, while the layer's blob goes by, once."""
 
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from fsmount.archive.restarts import RestartDecoder
 from fsmount.archive.ztoc_entries import TocEntry, TocScanner
-from fsmount.archive.ztoc_writer import gzip_checkpoints, write_ztoc
+from fsmount.archive.ztoc_writer import gzip_checkpoints, tar_checkpoints, write_ztoc
 from fsmount.errors import Unsupported
 
 #: SOCI's own, in inflated bytes.
@@ -42,6 +42,18 @@ class ZtocBuilder:
     def entries(self) -> list[TocEntry]:
         """The members found so far."""
         return self._scanner.found
+
+    def starts(self, first: int) -> Sequence[int]:
+        """Where spans begin in what the blob inflates to: those known by now, from the `first`-th on.
+
+        One is known before a byte of it is yielded.
+        """
+        return [restart.out for restart in islice(self._decoder.restarts, first, None)]
+
+    @property
+    def stop(self) -> int | None:
+        """Where the last span ends in what the blob inflates to: with the tar, once that has ended."""
+        return self._scanner.stop if self._scanner.ended else None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """As Decoder.feed: what `data` inflates to. Whoever wants a bound on that counts it.
@@ -117,6 +129,63 @@ class ZtocBuilder:
             self._first_seen = True  # the decoder says the same, in more words
         if self._first.eof and not self._first_seen:
             raise _several_members()
+
+
+class TarZtocBuilder:
+    """The same for a blob that is a tar: spans are cut by their size alone, and what is fed is what is yielded."""
+
+    def __init__(self, *, span_size: int = SPAN_SIZE) -> None:
+        self._span_size = span_size
+        self._scanner = TocScanner()
+        self._size = 0
+        self._hash = hashlib.sha256()  # of the span that is going by
+        self._digests: list[bytes] = []
+
+    @property
+    def entries(self) -> list[TocEntry]:
+        """The members found so far."""
+        return self._scanner.found
+
+    def starts(self, first: int) -> Sequence[int]:
+        """Where spans begin: those known by now, from the `first`-th on."""
+        return range(first * self._span_size, self._size, self._span_size)
+
+    @property
+    def stop(self) -> int | None:
+        """None: the last span ends with the blob, whatever follows the tar."""
+        return None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yields `data`. Raises: Invalid, and Unsupported (SOCI cannot carry this layer), while iterating."""
+        self._scanner.feed(data)
+        rest = memoryview(data)
+        while rest:
+            piece = rest[: self._span_size - self._size % self._span_size]
+            self._hash.update(piece)
+            self._size += len(piece)
+            if not self._size % self._span_size:
+                self._end_span()
+            rest = rest[len(piece) :]
+        yield data
+
+    def finish(self, *, tool: str) -> bytes:
+        """The ztoc of the blob, which is complete. tool: who made it, for people to read. Raises: Invalid."""
+        self._scanner.finish()
+        if self._size % self._span_size:
+            self._end_span()
+        return write_ztoc(
+            self.entries,
+            tool=tool,
+            blob_size=self._size,
+            tar_size=self._scanner.stop,
+            compressed=False,
+            checkpoints=tar_checkpoints(self._size, self._span_size),
+            digests=self._digests,
+        )
+
+    def _end_span(self) -> None:
+        self._digests.append(self._hash.digest())
+        self._hash = hashlib.sha256()
 
 
 def _several_members() -> Unsupported:

@@ -93,11 +93,18 @@ def describe_ztoc(
     return Descriptor(ZTOC, Digest.of(ztoc), len(ztoc), annotations)
 
 
-def encode_index(ztocs: Sequence[Descriptor], *, tool: str, subject: Descriptor | None = None) -> bytes:
+def encode_index(
+    ztocs: Sequence[Descriptor],
+    *,
+    tool: str,
+    subject: Descriptor | None = None,
+    annotations: Mapping[str, str] | None = None,
+) -> bytes:
     """An index: of version 1 if there is a subject, the manifest of one platform's image; else of version 2.
 
     ztocs: from describe_ztoc, in the order of the layers; of several artifacts only the bytes of one make it work:
     the snapshotter decodes the index, encodes it again with Go's JSON, and keeps that under the first one's digest.
+    annotations: of the index, beside the one that names the tool.
     """
     config = Descriptor(INDEX_V1 if subject else INDEX_V2, Digest.of(CONFIG), len(CONFIG), {})
     manifest: dict[str, object] = {
@@ -108,7 +115,7 @@ def encode_index(ztocs: Sequence[Descriptor], *, tool: str, subject: Descriptor 
     }
     if subject:
         manifest["subject"] = _described(Descriptor(subject.media_type, subject.digest, subject.size, {}))
-    manifest["annotations"] = {BUILD_TOOL: tool}
+    manifest["annotations"] = dict(sorted({BUILD_TOOL: tool, **(annotations or {})}.items()))
     return _go_json(manifest)
 
 

@@ -113,6 +113,22 @@ def test_a_span_goes_on_over_the_seams_of_members(head: bytes, zeros: int) -> No
         assert inflated(Codec.GZIP, whole(blob, size, skip=skip), blob) == DATA[skip : skip + size]
 
 
+def test_a_member_s_trailer_is_eight_bytes_whatever_they_are() -> None:
+    for trailer in (bytes(8), b"\xff" * 8, HEADERS[0][:8]):
+        blob = by_zlib(DATA[:9])[:-8] + trailer + by_zlib(DATA[9:])
+        assert inflated(Codec.GZIP, whole(blob, len(DATA)), blob) == DATA
+
+
+def test_all_that_the_data_inflates_to_can_be_had() -> None:
+    blob = by_zlib(bytes(1_500_000))[10:]
+    for stop in range(100, len(blob), 3):
+        data = blob[:stop]
+        size = len(zlib.decompressobj(-15).decompress(data))
+        assert inflate_span(Codec.RESTART, whole(data, size), data) == bytes(size)
+        with pytest.raises(Corrupt):
+            inflate_span(Codec.RESTART, whole(data, size + 1000), data)
+
+
 def test_what_comes_after_the_wanted_bytes_does_not_matter() -> None:
     blob = by_zlib(DATA)
     for tail in (b"", b"garbage", bytes(9), b"\x1f\x8b\x08", HEADERS[-1][:-1]):
@@ -158,8 +174,13 @@ def test_a_zstd_window_of_more_than_128_mib_is_refused() -> None:
 
 @pytest.mark.parametrize("codec", Codec)
 def test_a_memoryview_will_do_and_nothing_is_read_for_no_bytes(codec: Codec) -> None:
-    encode = {Codec.RAW: bytes, Codec.RESTART: by_zlib, Codec.GZIP: by_zlib, Codec.ZSTD: zstd.compress}[codec]
-    blob = encode(DATA)[10:] if codec is Codec.RESTART else encode(DATA)
+    encoders: dict[Codec, Callable[[bytes], bytes]] = {
+        Codec.RAW: bytes,
+        Codec.RESTART: lambda data: by_zlib(data)[10:],
+        Codec.GZIP: by_zlib,
+        Codec.ZSTD: zstd.compress,
+    }
+    blob = encoders[codec](DATA)
     assert inflate_span(codec, whole(blob, 9, skip=1), memoryview(bytearray(blob))) == DATA[1:10]
     assert inflate_span(codec, whole(b"broken", 0, skip=5), b"broken") == b""
 
