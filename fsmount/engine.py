@@ -18,6 +18,7 @@ from fsmount.layer import Layers
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import Reference, parse_source
 from fsmount.registry.credentials import Credentials
+from fsmount.registry.destination import Destination
 from fsmount.registry.hosts import Hosts
 from fsmount.registry.open import Sources
 from fsmount.registry.retry import Retry
@@ -61,6 +62,11 @@ class Engine:
             complete=self.config.defaults.complete,
         )
         return app, reference.version
+
+    def destination(self, text: str) -> Destination:
+        """Where what refers to an image is published: beside what `find` finds. Raises: UsageError."""
+        known = self.config.apps.get(_split(text)[0])
+        return self.sources.destination(known.repository if known is not None else parse_source(text))
 
 
 @asynccontextmanager

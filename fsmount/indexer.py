@@ -20,7 +20,7 @@ from fsmount.archive.inflate import check_span, inflate_span
 from fsmount.archive.scan import TarScanner
 from fsmount.archive.span import Codec, Span, Table
 from fsmount.archive.ztoc import read_ztoc
-from fsmount.archive.ztoc_builder import SPAN_SIZE, TarZtocBuilder, ZtocBuilder
+from fsmount.archive.ztoc_builder import TarZtocBuilder, ZtocBuilder
 from fsmount.archive.ztoc_entries import TocEntry, may_disable_xattrs
 from fsmount.cache.folder import disk_errors
 from fsmount.errors import Corrupt, FsmountError, Invalid, NoSpace, Unsupported
@@ -51,10 +51,6 @@ class Ztoc:
     inflated_size: int
     #: As soci.describe_ztoc wants to know it.
     disable_xattrs: bool
-
-    @property
-    def span_size(self) -> int:
-        return SPAN_SIZE
 
 
 @dataclass(slots=True)

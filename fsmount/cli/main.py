@@ -23,6 +23,7 @@ COMMANDS = {
     "ls": "List a folder of an image.",
     "cat": "Print a file of an image.",
     "inspect": "Show what an image is made of.",
+    "index": "Publish indexes with which an image's layers are read lazily.",
     "login": "Check a user and password with a registry, and keep them.",
     "logout": "Erase what is kept for a registry.",
     "auth": "Show where the credentials for a registry come from.",

@@ -49,6 +49,11 @@ class SociIndex:
     annotations: Mapping[str, str]
 
 
+def is_soci_index(entry: Descriptor) -> bool:
+    """Whether what a list has here is said to be an index, and so no image."""
+    return entry.artifact_type in (INDEX_V1, INDEX_V2)
+
+
 def parse_index(data: bytes, *, image: Digest) -> SociIndex:
     """The index in `data` (a manifest), which is to be that of the image whose manifest is `image`.
 

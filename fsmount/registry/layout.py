@@ -15,6 +15,7 @@ from fsmount.errors import AccessDenied, Corrupt, FsmountError, Invalid, NotFoun
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import OCI_INDEX, OCI_MANIFEST, Descriptor, Index, Manifest, parse_manifest
 from fsmount.oci.reference import Reference, is_tag
+from fsmount.oci.soci import is_soci_index
 from fsmount.registry.source import LARGEST_MANIFEST, Bytes, check, read_small
 
 #: Of index.json: the only name an image has. `docker save` writes full names, others a tag.
@@ -57,7 +58,8 @@ class Layout:
         name = version or _DEFAULT
         found = {entry.digest: entry for entry in index.manifests if name in _names(entry)}
         if not found and version is None:
-            found = {entry.digest: entry for entry in index.manifests}
+            # The index that `fsmount index --push` adds to a layout's only image does not make it one of two.
+            found = {entry.digest: entry for entry in index.manifests if not is_soci_index(entry)}
         if not found:
             raise NotFound(f"{self.name} has no image named {name[:300]!r}", remedy=_what_there_is(index))
         if len(found) > 1 and version is None:
@@ -239,7 +241,8 @@ def _names(entry: Descriptor) -> set[str]:
 
 
 def _what_there_is(index: Index) -> str:
-    images = [min(_names(entry), default=str(entry.digest)) for entry in index.manifests]
+    listed = [entry for entry in index.manifests if not is_soci_index(entry)]
+    images = [min(_names(entry), default=str(entry.digest)) for entry in listed]
     more = f" and {len(images) - _MOST_SHOWN} more" if len(images) > _MOST_SHOWN else ""
     return f"There are: {', '.join(images[:_MOST_SHOWN])}{more}." if images else "It holds no image."
 

@@ -12,6 +12,7 @@ import trio
 from fsmount.oci.reference import LayoutReference, Reference
 from fsmount.registry.client import Repository
 from fsmount.registry.credentials import Credentials
+from fsmount.registry.destination import Destination, LayoutDestination, RepositoryDestination
 from fsmount.registry.endpoint import Capability, Endpoint
 from fsmount.registry.hosts import Hosts, default_bases
 from fsmount.registry.layout import Layout
@@ -82,6 +83,16 @@ class Sources:
             return await self.remotes(reference)
 
         return Repository(reference, remotes)
+
+    def destination(self, reference: Reference | LayoutReference) -> Destination:
+        """Where what refers to the images of a reference is published: beside them. As `open`."""
+        if isinstance(reference, LayoutReference):
+            return LayoutDestination(reference.path)
+
+        async def remotes() -> list[Remote]:
+            return await self.remotes(reference)
+
+        return RepositoryDestination(self.open(reference), remotes)
 
     async def remotes(self, reference: Reference) -> list[Remote]:
         """The servers of a repository, in the order of asking.

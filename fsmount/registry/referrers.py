@@ -164,7 +164,7 @@ class Referrers:
             index = {
                 "schemaVersion": 2,
                 "mediaType": OCI_INDEX,
-                "manifests": [*entries, _described(artifact)],
+                "manifests": [*entries, described(artifact)],
             }
             data = json.dumps(index, separators=(",", ":")).encode()
             answer = await self._put(tag, data, OCI_INDEX, what)

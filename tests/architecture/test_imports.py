@@ -31,6 +31,7 @@ def imported_packages(file):
         ("click", "cli"),
         ("rich", "cli"),
         ("pydantic", "config.py"),
+        ("flatbuffers", "archive"),
     ],
 )
 def test_a_foreign_library_has_one_home(library, home):

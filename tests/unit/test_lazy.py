@@ -243,8 +243,8 @@ async def test_a_reader_that_goes_on_finds_more_and_more_fetched_ahead(
             await wait_all_tasks_blocked()
         lengths = [(stop - start) // CHUNK for start, stop in source.ranges]
         assert lengths[0] == 1, "one chunk was read, and nothing more is known of the reader"
-        assert lengths == sorted(lengths) and lengths[-1] >= 4
-        assert len(lengths) < 12
+        assert max(lengths) >= 4 and sum(lengths) <= 30
+        assert len(lengths) < 14
         source.ranges.clear()
         await layer.read(await find(layer, b"last"), 0, 1)
         assert [stop - start for start, stop in source.ranges] == [CHUNK], "another place is another reader"
