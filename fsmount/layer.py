@@ -15,7 +15,8 @@ from fsmount.fetch import Traffic
 from fsmount.lazy import Finder, LayerSpec
 from fsmount.passes import Passes
 from fsmount.registry.source import Source
-from fsmount.supply import Means, Opened, Supply
+from fsmount.streamed import Means
+from fsmount.supply import Opened, Supply
 
 
 class Piece(NamedTuple):

@@ -5,14 +5,14 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
-from fsmount.errors import AccessDenied, FsmountError, Invalid, NoSpace, NotFound, Refused
+from fsmount.errors import AccessDenied, FsmountError, Invalid, NoSpace, Refused
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import OCI_INDEX
 from fsmount.registry.layout import Layout
@@ -65,7 +65,7 @@ class LayoutDestination:
     """
 
     def __init__(self, path: Path, *, tag: Callable[[Artifact], str] | None = None) -> None:
-        """tag: the name that an artifact gets, for tools that copy by names; what had it before has none then."""
+        """tag: the name that an artifact gets, for tools that copy by names; what had it before is listed no more."""
         self.name = f"oci-layout:{path}"
         self._path = path
         self._tag = tag
@@ -114,13 +114,20 @@ class LayoutDestination:
         index = _load(path)
         entries = index["manifests"]
         assert isinstance(entries, list)
-        entry = described(artifact)
-        if self._tag is not None:
-            entry["annotations"] = {_NAME: self._tag(artifact)}
-        others = [other for other in entries if not _is_replaced(other, entry)]
-        if [*others, entry] != entries:
-            index["manifests"] = [*others, entry]
-            _replace(path, json.dumps(index, separators=(",", ":")).encode())
+        digest, name = str(artifact.digest), self._tag(artifact) if self._tag is not None else None
+        same = [entry for entry in entries if entry.get("digest") == digest]
+        if any(name in (None, _name(entry)) for entry in same):
+            return
+        entry = described(artifact) | ({"annotations": {_NAME: name}} if name is not None else {})
+        replaced = [old for old in entries if name is not None and _name(old) == name]
+        replaced += [old for old in same if _name(old) is None]
+        index["manifests"] = [*(old for old in entries if old not in replaced), entry]
+        _replace(path, json.dumps(index, separators=(",", ":")).encode())
+
+
+def _name(entry: dict[str, object]) -> object:
+    annotations = entry.get("annotations")
+    return annotations.get(_NAME) if isinstance(annotations, dict) else None
 
 
 def _load(path: Path) -> dict[str, object]:
@@ -138,16 +145,6 @@ def _load(path: Path) -> dict[str, object]:
         raise Invalid(f"{path} is no list of manifests")
     loaded: dict[str, object] = index
     return loaded
-
-
-def _is_replaced(old: dict[str, object], new: dict[str, object]) -> bool:
-    """Whether an entry is of the same manifest, or has the same name."""
-
-    def name(entry: dict[str, object]) -> object:
-        annotations = entry.get("annotations")
-        return annotations.get(_NAME) if isinstance(annotations, dict) else None
-
-    return old.get("digest") == new["digest"] or (name(new) is not None and name(old) == name(new))
 
 
 def _replace(path: Path, data: bytes) -> None:

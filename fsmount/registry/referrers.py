@@ -232,11 +232,12 @@ class Referrers:
         )
 
 
-def _described(artifact: Artifact) -> dict[str, object]:
-    described: dict[str, object] = {
+def described(artifact: Artifact) -> dict[str, object]:
+    """The descriptor of an artifact, as lists of referrers have it."""
+    descriptor: dict[str, object] = {
         "mediaType": artifact.media_type,
         "digest": str(artifact.digest),
         "size": len(artifact.manifest),
         "artifactType": artifact.artifact_type,
     }
-    return described | ({"annotations": dict(artifact.annotations)} if artifact.annotations else {})
+    return descriptor | ({"annotations": dict(artifact.annotations)} if artifact.annotations else {})
