@@ -1,14 +1,14 @@
 """browse: what the commands that look into an image without a mount have in common."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
 import trio
 
 from fsmount.archive.entry import EntryType
-from fsmount.catalog import Content
+from fsmount.catalog import App, Content
 from fsmount.cli.options import ConfigOptions
 from fsmount.engine import Engine, open_engine
 from fsmount.errors import AccessDenied, NotFound, Unreachable
@@ -59,17 +59,24 @@ async def open_content(
     chosen = Platform.parse(platform) if platform else None
     async with open_engine(config) as engine:
         app, version = engine.find(source, platform=chosen, path=path)
-        try:
+        with explained(engine, app, source):
             app = replace(app, indexes=indexes.strictest(app.indexes))
             content = await engine.catalog.open(app, version)
-        except (NotFound, AccessDenied, Unreachable) as error:
-            name = app.name.removeprefix("docker.io/library/")
-            if name != app.name and source.startswith(name):
-                # Without a registry it is one of Docker Hub, which is what a mistyped app becomes, too.
-                apps = ", ".join(sorted(engine.catalog.apps)) or "none"
-                error.remedy = f"There is no app {name!r} in the configuration; there are: {apps}."
-            raise
         yield engine, content
+
+
+@contextmanager
+def explained(engine: Engine, app: App, source: str) -> Iterator[None]:
+    """Says of an app that is not there which ones there are."""
+    try:
+        yield
+    except (NotFound, AccessDenied, Unreachable) as error:
+        name = app.name.removeprefix("docker.io/library/")
+        if name != app.name and source.startswith(name):
+            # Without a registry it is one of Docker Hub, which is what a mistyped app becomes, too.
+            apps = ", ".join(sorted(engine.catalog.apps)) or "none"
+            error.remedy = f"There is no app {name!r} in the configuration; there are: {apps}."
+        raise
 
 
 async def walk(content: Content, path: str) -> tuple[Node, list[bytes]]:

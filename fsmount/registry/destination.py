@@ -79,7 +79,8 @@ class LayoutDestination:
                 return
         if names and not {"oci-layout", "index.json"} <= set(names):
             raise Refused(
-                f"{self._path} is no OCI image layout, and not empty", remedy="Choose a new folder, or a layout."
+                f"{self._path} is no OCI image layout, and not empty",
+                remedy="Choose a new folder, or a layout.",
             )
 
     def source(self) -> Source | None:
