@@ -148,6 +148,11 @@ class LayerIndex:
         return Kind(str(self.facts["kind"]))
 
     @property
+    def reason(self) -> str:
+        """Why the layer was streamed when it was first asked for; empty if it was not."""
+        return str(self.facts.get("reason") or "")
+
+    @property
     def trust(self) -> Trust:
         """What the index, and chunks that it brings, may be believed on."""
         return Trust(str(self.facts["trust"]))

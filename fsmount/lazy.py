@@ -82,28 +82,34 @@ class Finder:
         self._max_layer_size = max_layer_size
         self._soci: dict[tuple[str, Digest], tuple[float, list[soci.SociIndex]]] = {}
 
-    async def find(self, spec: LayerSpec, source: Source, *, refused: Collection[str]) -> Found | None:
-        """What the layer can be read by, or None if it has to be streamed. refused: spaces that turned out to lie.
+    async def find(self, spec: LayerSpec, source: Source, *, refused: Collection[str]) -> Found | str:
+        """What the layer can be read by, or why it has to be streamed. refused: spaces that turned out to lie.
 
         Raises: Unreachable and its kinds.
         """
         descriptor = spec.descriptor
-        if descriptor.size < _WORTHWHILE or spec.indexes is Indexes.OFF:
-            return None
+        if descriptor.size < _WORTHWHILE:
+            return "it is small"
+        if spec.indexes is Indexes.OFF:
+            return "indexes are off"
+        reason = "it has no index"
         for kind, attempt in self._attempts(spec):
             try:
                 found = await attempt(spec, source)
             except _WholeBlob as error:
                 log.warning("%s: it cannot be read lazily", error.message)
-                return None
+                return "the server sends all of it where a part is asked for"
             except FsmountError as error:
                 if error.transient:
                     raise
                 log.warning("layer %s is not read as %s: %s", descriptor.digest, kind, error.message)
+                reason = f"its {kind} index is no good"
                 continue
             if found is not None and found.space not in refused:
                 return found
-        return None
+            if found is not None:
+                reason = f"its {kind} index was not to be trusted"
+        return reason
 
     def _attempts(self, spec: LayerSpec) -> Iterator[tuple[Kind, "_Attempt"]]:
         """What might be, by what the manifest says."""

@@ -1,4 +1,4 @@
-"""Publish: from an image to its SOCI index: which layers get a ztoc, whether there is one already, and where it goes."""
+"""Publish: from an image to its SOCI index: which layers get a ztoc, whether there is one already, where it goes."""
 
 import enum
 from collections.abc import Sequence

@@ -77,6 +77,8 @@ class Streamed:
         self._shown: dict[int, bytes] = {}
         #: The sha256 of chunks that readers were shown by a hint.
         self._hinted: dict[int, bytes] = {}
+        #: Why it could not be read in parts when it was first asked for.
+        self._reason = ""
         self._on_void = on_void
         self._is_void = False  # since the present pass began
 
@@ -335,6 +337,8 @@ class Streamed:
         facts |= {"diff_id": str(diff_id), "compression": str(inflate.compression)}
         if hint is not None:
             facts["kind"] = str(hint.kind)
+        else:
+            facts["reason"] = self._reason
         chunks, codec, spans = _spans(running, inflate, self.spec.descriptor.size)
         if codec is not None:
             facts["codec"] = int(codec)

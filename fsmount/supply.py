@@ -188,13 +188,15 @@ class Supply(Streamed):
     async def _find(self) -> bool:
         """Whether there is an index for the layer, which then is its own."""
         found = await self._means.finder.find(self.spec, self.source, refused=self._refused)
-        if found is None:
+        if isinstance(found, str):
+            self._reason = found
             return False
         try:
             index = await self._means.passes.in_thread(self._write_found, found)
         except Invalid as error:
             log.warning("layer %s: its %s index: %s", self.spec.descriptor.digest, found.kind, error.message)
             self._refused.add(found.space)
+            self._reason = f"its {found.kind} index is no good"
             return False
         self._set_index(index)
         if found.prefetch and self.fetcher is not None and self.fetcher.fits:

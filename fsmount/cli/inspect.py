@@ -42,6 +42,7 @@ def inspect(options: ConfigOptions, source: str, platform: str | None, as_json: 
             facts |= {
                 "read_as": str(index.kind),
                 "trust": str(index.trust),
+                "reason": index.reason or None,
                 "inflated_size": index.inflated_size,
                 "diff_id": index.diff_id,
                 "members": index.members,
@@ -83,7 +84,9 @@ def _table(facts: dict[str, object]) -> str:
                 f"    {layer['members']} members, {layer['inflated_size']} bytes inflated,"
                 f" {layer['cached_chunks']} of {layer['chunks']} chunks cached"
             )
-            text = f"    read as {layer['read_as']}, {layer['trust']}"
+            text = f"    {layer['trust']}, read as {layer['read_as']}"
+            if layer["reason"]:
+                text += f" because {layer['reason']}"
             if layer["cached_size"] is not None:
                 text += f"; {layer['size'] - layer['cached_size']} bytes need not be here"
             lines.append(text)
