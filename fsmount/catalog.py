@@ -12,9 +12,9 @@ from typing import TypeAlias
 import trio
 
 from fsmount.cache.numbers import ViewRecord
-from fsmount.errors import DeadlineExpired, FsmountError, NotFound
+from fsmount.errors import DeadlineExpired, FsmountError, NotFound, Unreachable
 from fsmount.image import Image, open_image
-from fsmount.layer import Layer, Layers
+from fsmount.layer import Layers
 from fsmount.oci.digest import Digest
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import is_tag
@@ -131,8 +131,8 @@ class Catalog:
                 parent, _, base = name.rpartition("/")
                 self.folders.setdefault(parent, set()).add(base)
                 name = parent
-        #: Told of the layers of every tree that is opened.
-        self.on_open: Callable[[App, Sequence[Layer]], None] = lambda app, layers: None
+        #: Told of what an app shows, before anybody has read of it: once for every view, and whenever it is opened.
+        self.on_open: list[Callable[[App, Content], None]] = []
         self._layers = layers
         self._nursery = nursery
         self._tags: dict[str, _Tags] = {}
@@ -236,7 +236,31 @@ class Catalog:
 
     async def open(self, app: App, version: str | None) -> Content:
         """What a tag or a digest shows now, for those who keep no views; None is the source's default. As `content`."""
-        digest = await self._resolve(app, version or "", version)
+        return await self._open_version(app, version, await self._resolve(app, version or "", version))
+
+    async def open_for_mounts(
+        self, app: App, version: str | None, *, patience_seconds: float = _NAMES_SECONDS
+    ) -> Content:
+        """As `open`, and mounts will find it without the source; if that is away, what they would show then.
+
+        patience_seconds: what the source may take to answer, at most.
+        """
+        numbers, name = self._layers.numbers, version or ""
+        try:
+            with _deadline(app, min(patience_seconds, _NAMES_SECONDS)):
+                digest = await self._resolve(app, name, version)
+        except Unreachable as error:
+            record = numbers.latest_view(app.name, name, app.origin)
+            if record is None or record.digest is None:
+                raise
+            log.info("%s of %s is what it was last known to be: %s", name, app.name, error.message)
+            digest = record.digest
+        content = await self._open_version(app, version, digest)
+        if name and app.name in self.apps:
+            numbers.name_view(app.name, name, app.origin, digest)
+        return content
+
+    async def _open_version(self, app: App, version: str | None, digest: Digest) -> Content:
         content = await self._open(app, digest, is_pinned=version is not None and ":" in version)
         self._use(content)
         return content
@@ -318,13 +342,14 @@ class Catalog:
                 await layer.demand_trust()
         if content is None:
             diff_ids = [spec.diff_id for spec in image.layers]
-            self.on_open(app, layers)
             tree = Tree(image.digest, layers, self._layers.folder, self._nursery, diff_ids=diff_ids)
             root = await tree.walk(app.subtree)
             if root is None or not root.is_directory:
                 shown = b"/".join(app.subtree).decode("utf-8", "backslashreplace")
                 raise NotFound(f"the image {digest} of {app.source.name} has no folder /{shown}")
             content = Content((digest, app.platform, app.subtree), image, tree, directory_key(root))
+        for told in self.on_open:
+            told(app, content)
         return content
 
     def _use(self, content: Content) -> None:
@@ -337,12 +362,12 @@ class Catalog:
 
 
 @contextmanager
-def _deadline(app: App) -> Iterator[None]:
+def _deadline(app: App, seconds: float = _NAMES_SECONDS) -> Iterator[None]:
     try:
-        with trio.fail_after(_NAMES_SECONDS):
+        with trio.fail_after(seconds):
             yield
     except trio.TooSlowError:
-        raise DeadlineExpired(f"{app.source.name} has not answered within {_NAMES_SECONDS:g} s") from None
+        raise DeadlineExpired(f"{app.source.name} has not answered within {seconds:g} s") from None
 
 
 def _parse(name: str) -> tuple[str | None, Digest | None]:

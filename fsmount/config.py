@@ -62,7 +62,8 @@ def _size(value: object) -> int:
     return size
 
 
-def _seconds(value: object) -> float:
+def parse_seconds(value: object) -> float:
+    """A time like "60s" or "500ms". Raises: ValueError."""
     seconds = _quantity(value, _DURATIONS)
     if not seconds:
         raise ValueError('must be a time above zero; write "60s", "5m", "1h" or "500ms"')
@@ -192,7 +193,7 @@ def _choice(choices: type[_Choice], value: object) -> _Choice:
 
 
 _Size: TypeAlias = Annotated[int, PlainValidator(_size)]
-_Seconds: TypeAlias = Annotated[float, PlainValidator(_seconds)]
+_Seconds: TypeAlias = Annotated[float, PlainValidator(parse_seconds)]
 _AbsolutePath: TypeAlias = Annotated[Path, PlainValidator(_absolute_path)]
 _OnePlatform: TypeAlias = Annotated[Platform, PlainValidator(_platform)]
 

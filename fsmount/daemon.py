@@ -18,6 +18,7 @@ from fsmount.fuse.protocol import Opcode
 from fsmount.fuse.requests import Deadlines
 from fsmount.fuse.session import serve
 from fsmount.singleflight import single_error
+from fsmount.warm import Warmer
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,16 @@ async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) ->
     with single_error(FsmountError):
         async with open_engine(config) as engine:
             completer = Completer(engine.layers.means.traffic, rate=config.network.background_rate)
-            engine.catalog.on_open = lambda app, layers: completer.use(layers, app.complete)
+            warmer = Warmer(engine.warm_sets, engine.layers)
+            engine.catalog.on_open += [
+                lambda app, content: completer.use(content.tree.layers, app.complete),
+                warmer.open,
+            ]
             operations = Operations(engine.catalog, engine.layers, engine.numbers)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.layers.chunks.trim)
                 nursery.start_soon(completer.run)
+                nursery.start_soon(warmer.run)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 nursery.start_soon(_serve, operations, mountpoint, ready, nursery.cancel_scope)
     log.info("unmounted %s", mountpoint)

@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 
 import trio
@@ -12,6 +12,7 @@ from fsmount import config as configuration
 from fsmount.cache.chunks import open_chunk_store
 from fsmount.cache.folder import CacheFolder
 from fsmount.cache.numbers import Numbers
+from fsmount.cache.warmsets import WarmSets
 from fsmount.catalog import App, Catalog
 from fsmount.errors import FsmountError
 from fsmount.layer import Layers
@@ -35,6 +36,7 @@ class Engine:
     catalog: Catalog
     layers: Layers
     numbers: Numbers
+    warm_sets: WarmSets
     sources: Sources
 
     def find(
@@ -80,7 +82,8 @@ async def open_engine(config: configuration.Config) -> AsyncIterator[Engine]:
     folder = CacheFolder(config.cache.path)
     with (
         single_error(FsmountError),
-        _numbers(folder) as numbers,
+        closing(Numbers(folder.state)) as numbers,
+        closing(WarmSets(folder.state)) as warm_sets,
         open_chunk_store(folder.chunks, size=config.cache.size) as chunks,
     ):
         async with _sources(config) as sources, trio.open_nursery() as nursery:
@@ -88,18 +91,9 @@ async def open_engine(config: configuration.Config) -> AsyncIterator[Engine]:
             apps = [_app(name, app, sources) for name, app in config.apps.items()]
             catalog = Catalog(apps, layers, nursery)
             try:
-                yield Engine(config, catalog, layers, numbers, sources)
+                yield Engine(config, catalog, layers, numbers, warm_sets, sources)
             finally:
                 nursery.cancel_scope.cancel()
-
-
-@contextmanager
-def _numbers(folder: CacheFolder) -> Iterator[Numbers]:
-    numbers = Numbers(folder.state)
-    try:
-        yield numbers
-    finally:
-        numbers.close()
 
 
 def _sources(config: configuration.Config) -> Sources:

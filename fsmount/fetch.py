@@ -18,6 +18,7 @@ from fsmount.index import Chunk, LayerIndex
 from fsmount.oci.manifest import Descriptor
 from fsmount.passes import Passes
 from fsmount.registry.source import Bytes, Source
+from fsmount.singleflight import single_error
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ _AHEAD = 16 * 1024 * 1024
 #: Compressed bytes that completing a layer asks for at once, and how many such requests there are side by side.
 _STRIDE = 16 * 1024 * 1024
 _PARALLEL = 4
+#: Such requests side by side for one who waits for many chunks of a layer.
+_PARALLEL_WAITED_FOR = 8
 #: Compressed bytes between two wanted chunks that are fetched, and dropped, rather than asked around.
 _GAP = 64 * 1024
 #: Sequential readers of one layer that are followed.
@@ -152,6 +155,9 @@ class Fetcher:
         #: Compressed bytes that readers had to wait for.
         self.demanded = 0
         self._completing = False
+        #: Chunks that readers have come to, and their compressed bytes.
+        self._touched: set[int] = set()
+        self._touched_size = 0
         #: Chunks that were here when they were last looked at.
         self._seen: set[int] = set()
         #: Where readers are expected next, and how many inflated bytes each has read in a row.
@@ -177,17 +183,23 @@ class Fetcher:
             run = self._start([number, *self._neighbours(number, self._window(number))], urgent=True)
             chunk = self.index.chunks[number]
             self.demanded += chunk.blob_stop - chunk.blob_start
-            if 2 * self.demanded > self._descriptor.size and not self._completing and self.fits:
-                self._completing = True
-                self._nursery.start_soon(self._complete_quietly)
         elif not run.urgent:
             run.urgent = True
             self._traffic.wake()
         await run.wait(number)
 
     def follow(self, number: int) -> None:
-        """Takes note that a reader has come to a chunk; one that reads on and on finds what comes next already here."""
+        """Takes note that a reader has come to a chunk; one that reads on and on finds what comes next already here.
+
+        When readers have come to more than half of the layer, the rest follows.
+        """
         chunk = self.index.chunks[number]
+        if number not in self._touched:
+            self._touched.add(number)
+            self._touched_size += chunk.blob_stop - chunk.blob_start
+            if 2 * self._touched_size > self._descriptor.size and not self._completing and self.fits:
+                self._completing = True
+                self._nursery.start_soon(self._complete_quietly)
         read = self._readers.pop(number, 0) + chunk.size
         self._readers[number + 1] = read
         if len(self._readers) > _READERS:
@@ -223,6 +235,29 @@ class Fetcher:
         """Has chunks brought in the background that are expected to be read."""
         for stride in self._strides(number for number in numbers if number not in self._coming):
             self._start(stride, urgent=False)
+
+    async def bring_all(self, numbers: Iterable[int]) -> None:
+        """Returns when all these chunks, ascending, were fetched and stored, unless the disk was full; many side by side.
+
+        Raises: as `bring`. Cancellation: what has begun goes on.
+        """
+        strides = iter(self._strides(numbers))
+        with single_error(FsmountError):
+            async with trio.open_nursery() as nursery:
+                for _ in range(_PARALLEL_WAITED_FOR):
+                    nursery.start_soon(self._bring_strides, strides)
+
+    async def _bring_strides(self, strides: Iterable[list[int]]) -> None:
+        for numbers in strides:
+            runs = {self._coming[number] for number in numbers if number in self._coming}
+            for run in runs:
+                run.urgent = True
+            self._traffic.wake()
+            missing = [number for number in numbers if number not in self._coming]
+            if missing:
+                runs.add(self._start(missing, urgent=True))
+            for run in runs:
+                await run.wait_done()
 
     # Completing
 

@@ -36,8 +36,9 @@ _Result = TypeVar("_Result")
 _BLOCK_SIZE = 1024 * 1024
 #: Inflated bytes handed on at once: a block may inflate to a thousand times its size.
 _BATCH_SIZE = 4 * 1024 * 1024
-#: Of one layer: two stages while it streams, then spans that are decoded side by side.
-_THREADS = 2
+#: Of one layer: three stages while it streams; then so many spans are decoded side by side.
+_THREADS = 3
+_CHECKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +87,19 @@ async def build_ztoc(
     progress = progress or Progress()
     while True:
         received = progress.received
-        try:
-            async with _scratch(folder, layer) as file:
-                indexer = _Indexer(source, layer, file, folder, max_layer_size, progress)
+        async with _scratch(folder, layer) as file:
+            indexer = _Indexer(source, layer, file, folder, max_layer_size, progress)
+            try:
                 ztoc = await indexer.stream(tool=tool)
-                indexer.compare_diff_id(diff_id)
-                return await indexer.check(ztoc)
-        except _Altered as error:
-            if not source.distrust(layer):
-                raise Corrupt(error.message, remedy=error.remedy) from None
-        progress.received = received
-
-
-class _Altered(Corrupt):
-    """The blob that came is not the one that was asked for."""
+            except Invalid:
+                raise
+            except Corrupt:
+                if not source.distrust(layer):
+                    raise
+                progress.received = received
+                continue
+            indexer.compare_diff_id(diff_id)
+            return await indexer.check(ztoc)
 
 
 @asynccontextmanager
@@ -141,7 +141,8 @@ class _Indexer:
         self._layer = layer
         self._file = file
         self._most = max_layer_size or 64 * layer.size + 2**30
-        self._inflate = _Inflate(layer, file, folder, self._most)
+        self._blob = _Blob(layer, file, folder)
+        self._inflate = _Inflate(self._most)
         self._watch = _Watch()
         self._progress = progress
         self._threads = trio.CapacityLimiter(_THREADS)
@@ -152,9 +153,9 @@ class _Indexer:
     # Streaming
 
     async def stream(self, *, tool: str) -> bytes:
-        """Network, inflating and hashing side by side, each stage one block or batch ahead of the next.
+        """Network and disk, inflating, and hashing side by side, each stage one block or batch ahead of the next.
 
-        Raises: _Altered, Invalid, Unsupported, NoSpace, and what the source raises.
+        Raises: Corrupt, Invalid, Unsupported, NoSpace, and what the source raises.
         """
         send_blocks, blocks = trio.open_memory_channel[bytes](1)
         send_batches, batches = trio.open_memory_channel[_Batch](1)
@@ -165,19 +166,27 @@ class _Indexer:
                 async with batches:
                     async for batch in batches:
                         await self._in_thread(self._watch.add, batch)
-        return await self._in_thread(self._inflate.finish, tool)
+        await self._in_thread(self._blob.finish)
+        try:
+            return await self._in_thread(self._inflate.finish, tool)
+        except (Invalid, Unsupported) as error:
+            raise type(error)(f"layer {self._layer.digest}: {error.message}", remedy=error.remedy) from None
 
     async def _collect(self, blocks: trio.MemorySendChannel[bytes]) -> None:
-        """Joins the network's pieces to blocks; sends at least one, maybe empty."""
+        """Joins the network's pieces to blocks, and keeps them; sends at least one, maybe empty."""
         async with blocks, self._source.blob(self._layer) as pieces:
-            block = bytearray()
+            buffer = bytearray()
             async for piece in pieces:
-                block += piece
+                buffer += piece
                 self._progress.received += len(piece)
-                if len(block) >= _BLOCK_SIZE:
-                    await blocks.send(bytes(block))
-                    block.clear()
-            await blocks.send(bytes(block))
+                if len(buffer) >= _BLOCK_SIZE:
+                    block = bytes(buffer)
+                    buffer.clear()
+                    await self._in_thread(self._blob.add, block)
+                    await blocks.send(block)
+            block = bytes(buffer)
+            await self._in_thread(self._blob.add, block)
+            await blocks.send(block)
 
     async def _inflate_blocks(
         self, blocks: trio.MemoryReceiveChannel[bytes], batches: trio.MemorySendChannel["_Batch"]
@@ -206,7 +215,7 @@ class _Indexer:
         todo = zip(table.spans, self._watch.spans, strict=True)
         with single_error(FsmountError):
             async with trio.open_nursery() as nursery:
-                for _ in range(_THREADS):
+                for _ in range(_CHECKERS):
                     nursery.start_soon(self._check_spans, table.codec, todo)
         return Ztoc(
             data,
@@ -270,19 +279,39 @@ class _Builder(Protocol):
     def finish(self, *, tool: str) -> bytes: ...
 
 
-class _Inflate:
-    """The first stage: hashes the blob, keeps it in the file, inflates it, and builds the ztoc.
+class _Blob:
+    """The first stage: hashes the blob, and keeps it in the file. Each method runs in a thread, one at a time."""
 
-    Each method runs in a worker thread, one at a time.
-    """
-
-    def __init__(self, layer: Descriptor, file: BinaryIO, folder: Path, max_output: int) -> None:
+    def __init__(self, layer: Descriptor, file: BinaryIO, folder: Path) -> None:
         self._layer = layer
         self._hash = layer.digest.hasher()
+        self._size = 0
         self._file = file
         self._folder = folder
+
+    def add(self, block: bytes) -> None:
+        """Raises: NoSpace."""
+        self._hash.update(block)
+        self._size += len(block)
+        with disk_errors(self._folder):
+            self._file.write(block)
+
+    def finish(self) -> None:
+        """Raises: Corrupt, NoSpace."""
+        if self._hash.hexdigest() != self._layer.digest.hex:
+            raise Corrupt(
+                f"layer {self._layer.digest}: the {self._size} bytes received have another digest",
+                remedy="The registry, or something on the way, altered it; push the image again if it persists.",
+            )
+        with disk_errors(self._folder):
+            self._file.flush()
+
+
+class _Inflate:
+    """The second stage: inflates the blob, and builds the ztoc. Each method runs in a thread, one at a time."""
+
+    def __init__(self, max_output: int) -> None:
         self._max_output = max_output
-        self._size = 0
         self._inflated = 0
         self._builder: _Builder | None = None
         self._pieces: Iterator[bytes] = iter(())
@@ -296,14 +325,10 @@ class _Inflate:
     def push(self, block: bytes) -> None:
         """Takes the next bytes of the blob; `next_batch` must have returned None before.
 
-        The first block holds at least 512 bytes, or the whole blob. Raises: NoSpace.
+        The first block holds at least 512 bytes, or the whole blob.
         """
-        self._hash.update(block)
-        self._size += len(block)
         if self._failure is not None:
             return
-        with disk_errors(self._folder):
-            self._file.write(block)
         try:
             if self._builder is None:
                 self._builder = _new_builder(sniff(block))
@@ -341,21 +366,11 @@ class _Inflate:
         return _Batch(pieces, starts, self._builder.stop)
 
     def finish(self, tool: str) -> bytes:
-        """The ztoc, after the whole blob. Raises: _Altered, Invalid, Unsupported, NoSpace."""
-        if self._hash.hexdigest() != self._layer.digest.hex:
-            raise _Altered(
-                f"layer {self._layer.digest}: the {self._size} bytes received have another digest",
-                remedy="The registry, or something on the way, altered it; push the image again if it persists.",
-            )
-        with disk_errors(self._folder):
-            self._file.flush()
-        try:
-            if self._failure is not None:
-                raise self._failure
-            assert self._builder is not None
-            return self._builder.finish(tool=tool)
-        except (Invalid, Unsupported) as error:
-            raise type(error)(f"layer {self._layer.digest}: {error.message}", remedy=error.remedy) from None
+        """The ztoc, after the whole blob. Raises: Invalid, Unsupported."""
+        if self._failure is not None:
+            raise self._failure
+        assert self._builder is not None
+        return self._builder.finish(tool=tool)
 
 
 def _new_builder(compression: Compression) -> _Builder:
@@ -367,9 +382,9 @@ def _new_builder(compression: Compression) -> _Builder:
 
 
 class _Watch:
-    """The second stage: what the inflated layer is, found out without the builder, to compare its ztoc with.
+    """The third stage: what the inflated layer is, found out without the builder, to compare its ztoc with.
 
-    Its method runs in a worker thread, one at a time.
+    Its method runs in a thread, one at a time.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Layer: one layer of an image as its readers see it; and Layers, those of a process."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import trio
@@ -38,11 +38,18 @@ class Layer(Supply):
     def __init__(self, spec: LayerSpec, source: Source, layers: "Layers") -> None:
         super().__init__(spec, source, layers.means, lambda error: layers.renumber(self, error))
         self.number = layers.numbers.layer(spec.key)
+        #: Told of every member that the mount is asked to read.
+        self.on_read: list[Callable[[Layer, int], None]] = []
         self._layers = layers
         self._last = -1  # the chunk that was read last
 
     def read_hot(self, member: int, offset: int, size: int) -> bytes | None:
-        """As `read`, if that takes no waiting: the bytes lie in one recent chunk. Else None."""
+        """As `read`, if that takes no waiting: the bytes lie in one recent chunk. Else None.
+
+        The mount asks this first, whatever it reads: so here those who take note of that are told.
+        """
+        for told in self.on_read:
+            told(self, member)
         index = self.index
         content = index.content(member) if index is not None and index.complete else None
         if content is None:

@@ -115,20 +115,21 @@ class Finder:
         """What might be, by what the manifest says."""
         descriptor = spec.descriptor
         hints = spec.indexes is Indexes.ANY
+        size = descriptor.size
         if spec.title is not None:
-            if hints:
+            if hints and size <= self._most(descriptor):
                 yield Kind.RANGED_FILE, self._ranged_file
             return
         if any(f"{prefix}manifest-checksum" in descriptor.annotations for prefix in zstdchunked.PREFIXES):
             yield Kind.ZSTD_CHUNKED, self._zstd_chunked
         if estargz.TOC_DIGEST in descriptor.annotations:
             yield Kind.ESTARGZ, self._estargz
-        if descriptor.size >= soci.MIN_LAYER_SIZE:
+        if size >= soci.MIN_LAYER_SIZE:
             if spec.soci_index is not None:
                 yield Kind.SOCI_V2, self._soci_v2
             if hints and spec.image is not None:
                 yield Kind.SOCI_V1, self._soci_v1
-        if hints and descriptor.media_type.endswith((".tar", "+tar")):
+        if hints and descriptor.media_type.endswith((".tar", "+tar")) and size <= self._most(descriptor):
             yield Kind.RANGED_TAR, self._ranged_tar
 
     def _most(self, descriptor: Descriptor) -> int:

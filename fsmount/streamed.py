@@ -363,9 +363,7 @@ class Streamed:
         """
         found = {number: chunk.sha256 for number, chunk in enumerate(chunks) if chunk.sha256}
         if any(found.get(number, sha256) != sha256 for number, sha256 in self._shown.items()):
-            self._make_void(
-                Corrupt(f"layer {self.spec.descriptor.digest}: what was read of it before has changed since")
-            )
+            self._make_void(self._alarm("what was read of it before has changed since"))
             self._shown = {}
         self._shown = {} if is_certified else self._shown | found
 
@@ -374,14 +372,17 @@ class Streamed:
         self._refused.add(hint.space)
         self._must_stream = False
         self._remove_index()
-        self._make_void(
-            Corrupt(
-                f"layer {self.spec.descriptor.digest}: its {hint.kind} index was not to be trusted: {reason}"
-            )
-        )
+        self._make_void(self._alarm(f"its {hint.kind} index was not to be trusted: {reason}"))
+
+    def _alarm(self, what: str) -> Corrupt:
+        error = Corrupt(f"layer {self.spec.descriptor.digest}: {what}")
+        log.error("%s; it came from %s", error.message, self.source.name)
+        return error
 
     def _condemn(self, error: Corrupt) -> None:
-        log.info("%s; it came from %s, and nothing of it is kept", error.message, self.source.name)
+        # Whoever was shown some of it on a hint does not hear the error itself.
+        level = logging.ERROR if self._hinted else logging.INFO
+        log.log(level, "%s; it came from %s, and nothing of it is kept", error.message, self.source.name)
         # If a mirror sent it, the next reader finds out what the others have.
         others = self.source.distrust(self.spec.descriptor)
         self._condemned = None if others else (trio.current_time() + _CONDEMNED_SECONDS, error)
@@ -398,7 +399,6 @@ class Streamed:
                 tree.unlink(missing_ok=True)
 
     def _make_void(self, error: Corrupt) -> None:
-        log.error("%s; it came from %s", error.message, self.source.name)
         self._is_void = True
         self._hinted = {}
         self._on_void(error)

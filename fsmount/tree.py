@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +118,62 @@ class StoredTree:
         finally:
             rows.close()  # or the index would be in use, if the caller has had enough
             self._connection.execute("DETACH DATABASE layer")
+
+    def files(self, directory: int, paths: Iterable[bytes]) -> Iterator[tuple[bytes, Node]]:
+        """Those of the paths from a directory that lead to regular files, without a symlink on the way."""
+        known: dict[bytes, int | None] = {}
+        for path in paths:
+            *folders, name = path.split(b"/")
+            key: int | None = directory
+            above = b""
+            for folder in folders:
+                above += folder + b"/"
+                if above not in known:
+                    node = self.lookup(key, folder)
+                    known[above] = directory_key(node) if node is not None and node.is_directory else None
+                key = known[above]
+                if key is None:
+                    break
+            node = None if key is None else self.lookup(key, name)
+            if node is not None and node.member.type is EntryType.FILE:
+                yield path, node
+
+    def below(self, directory: int) -> Iterator[Node]:
+        """Every regular file below a directory."""
+        waiting = [directory]
+        while waiting:
+            for child in self.children(waiting.pop()):
+                if child.node.is_directory:
+                    waiting.append(directory_key(child.node))
+                elif child.node.member.type is EntryType.FILE:
+                    yield child.node
+
+    def paths(self, directory: int, layer: int, members: Iterable[int]) -> Iterator[tuple[bytes, int]]:
+        """By which paths from a directory one gets at members of a layer, at its position; of one elsewhere, none."""
+        known: dict[int, bytes | None] = {directory: b""}
+        for member in members:
+            query = "SELECT parent, name FROM nodes WHERE layer = ? AND member = ? AND type != ?"
+            rows = self._connection.execute(query, (layer, member, int(EntryType.DIRECTORY)))
+            for parent, name in rows.fetchall():
+                above = self._above(parent, known)
+                if above is not None:
+                    yield above + name, member
+
+    def _above(self, key: int, known: dict[int, bytes | None]) -> bytes | None:
+        """The path of a directory, with a slash behind it, from one that is known; None if it is below none."""
+        trail: list[tuple[int, bytes]] = []
+        query = "SELECT id, parent, name FROM nodes WHERE id = (SELECT node FROM directories WHERE key = ?)"
+        while key not in known:
+            number, parent, name = self._connection.execute(query, (key,)).fetchone()
+            if number == 1:
+                known[key] = None
+                break
+            trail.append((key, name))
+            key = parent
+        path = known[key]
+        for key, name in reversed(trail):
+            path = known[key] = None if path is None else path + name + b"/"
+        return path
 
     @property
     def root(self) -> Node:

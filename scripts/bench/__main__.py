@@ -34,7 +34,9 @@ def main(words: Sequence[str] | None = None) -> int:
         with docker_registry(work / "registry") as registry:
             corpus.publish(made, work / "corpus", registry.host)
             ratarmount = install_ratarmount(work, sys.executable)
-            bench = Bench(work, disk, made, registry, _fsmount(options.fsmount), ratarmount)
+            bench = Bench(
+                work, disk, made, registry, _fsmount(options.fsmount), ratarmount, small=options.small
+            )
             try:
                 status = _measure(bench, options.only or list(SCENARIOS), options.runs)
             finally:
@@ -68,6 +70,9 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=int, default=3, help="runs of each scenario (3)")
     parser.add_argument("--quick", dest="runs", action="store_const", const=1, help="one run of each")
+    parser.add_argument(
+        "--small", action="store_true", help="app-start with a tenth of its image: to see that it works"
+    )
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/fsmount-bench"), help="a folder on tmpfs")
     parser.add_argument(
         "--disk", type=Path, default=Path("/var/tmp/fsmount-bench"), help="a folder on a disk"

@@ -26,6 +26,8 @@ class Bench:
     #: The command of fsmount and of ratarmount, or why there is none.
     fsmount: list[str] | str
     ratarmount: list[str] | str
+    #: Whether an app's start is measured on a tenth of the image, to see that it works.
+    small: bool = False
     scenario: str = ""
     run: int = 0
     samples: list[Sample] = field(default_factory=list)
@@ -65,15 +67,21 @@ class Bench:
             shutil.rmtree(path, ignore_errors=True)  # the daemon closes its cache after the unmount
 
     @contextmanager
-    def mounted(self, cache: Path) -> Iterator[tuple[Path, float]]:
-        """fsmount over `cache`: the mount point, and the seconds until it answered. Raises: Failed."""
+    def mounted(
+        self, cache: Path, *, repository: str | None = None, config: Path | None = None
+    ) -> Iterator[tuple[Path, float]]:
+        """fsmount over `cache`: the mount point, and the seconds until it answered. Raises: Failed.
+
+        repository: with its host, if it is not that of the registry; its tags are in the folder `a`.
+        """
         command = self.ours()
         self._names += 1
         point = self.work / f"mnt{self._names}"
         point.mkdir()
-        app = f"a={self.registry.host}/{REPOSITORY}"
+        app = f"a={repository or f'{self.registry.host}/{REPOSITORY}'}"
+        options = ["--config", config] if config is not None else []
         try:
-            started = timed([*command, "mount", point, "--app", app, "--cache", cache])
+            started = timed([*command, "mount", point, "--app", app, "--cache", cache, *options])
             try:
                 yield point, started.seconds
             except BaseException:

@@ -155,14 +155,14 @@ def _members(rng: random.Random, files: list[File], parents: set[str]) -> Iterat
         for folder in reversed(list(Path(file.path).parents)[:-1]):
             if str(folder) not in parents:
                 parents.add(str(folder))
-                yield _header(f"{folder}/", 0, 0o755, tarfile.DIRTYPE)
-        yield _header(file.path, file.size, 0o755 if "/bin/" in file.path else 0o644, tarfile.REGTYPE)
-        yield from _slices(rng, pools[file.content], file.size)
+                yield header(f"{folder}/", 0, 0o755, tarfile.DIRTYPE)
+        yield header(file.path, file.size, 0o755 if "/bin/" in file.path else 0o644, tarfile.REGTYPE)
+        yield from slices(rng, pools[file.content], file.size)
         yield bytes(-file.size % 512)
     yield bytes(10240)
 
 
-def _slices(rng: random.Random, pool: bytes, size: int) -> Iterator[bytes]:
+def slices(rng: random.Random, pool: bytes, size: int) -> Iterator[bytes]:
     """Pieces of the pool in random order; gzip's window is too small to see that they come again."""
     while size > 0:
         at = rng.randrange(len(pool) - 1_000_000)
@@ -171,7 +171,8 @@ def _slices(rng: random.Random, pool: bytes, size: int) -> Iterator[bytes]:
         yield piece
 
 
-def _header(path: str, size: int, mode: int, kind: bytes) -> bytes:
+def header(path: str, size: int, mode: int, kind: bytes) -> bytes:
+    """That of a member in a tar."""
     info = tarfile.TarInfo(path)
     info.size, info.mode, info.mtime, info.type = size, mode, MTIME, kind
     return info.tobuf(tarfile.USTAR_FORMAT)

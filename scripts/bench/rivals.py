@@ -2,7 +2,7 @@
 
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,10 +21,12 @@ HTTPX = "plain httpx"
 
 def floor(bench: Bench, tag: str, dest: Path) -> float:
     """Fetch and unpack one layer after the other, as deploy scripts do; seconds."""
-    lines = [
-        f"curl -sSf {shlex.quote(url)} | tar xzf - -C {shlex.quote(str(dest))}"
-        for url in bench.blob_urls(tag)
-    ]
+    return fetch_and_unpack(bench.blob_urls(tag), dest)
+
+
+def fetch_and_unpack(urls: Sequence[str], dest: Path, *, tar: str = "tar xz") -> float:
+    """`floor` for blobs anywhere, in any encoding; seconds."""
+    lines = [f"curl -sSf {shlex.quote(url)} | {tar} -f - -C {shlex.quote(str(dest))}" for url in urls]
     return timed(" && ".join(lines)).seconds
 
 

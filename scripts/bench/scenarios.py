@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from scripts.bench import start
 from scripts.bench.bench import Bench
 from scripts.bench.corpus import REPOSITORY
 from scripts.bench.machine import Failed, drop_caches, probe, resident_megabytes, timed
@@ -53,6 +54,7 @@ ASKS = (
     Ask("one blob: event loop blocked, ms", None, 20),
     Ask("200,000 files: memory, MB", None, 250),
     Ask("200,000 files: open an indexed tag, s", None, 0.3),
+    *start.ASKS,
 )
 
 
@@ -311,6 +313,9 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "diff": diff,
     "download": download,
     "huge": huge,
+    "app-start": start.app_start,
+    "spans": start.spans,
+    "index": start.index,
 }
 
 

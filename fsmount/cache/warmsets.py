@@ -1,0 +1,128 @@
+"""WarmSets: the paths that each app reads when it starts, and how long ago each of them was last seen read."""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias
+
+from fsmount.cache.folder import from_sqlite_error
+from fsmount.oci.digest import Digest
+
+#: Paths of one app, at most; of more, those go first that were missed most often, then those read longest ago.
+MOST_PATHS = 20_000
+#: A path that so many recordings in a row have missed is forgotten.
+_FORGOTTEN_AFTER = 3
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS warm_apps (number INTEGER PRIMARY KEY, app TEXT NOT NULL, origin TEXT NOT NULL,
+    UNIQUE (app, origin));
+CREATE TABLE IF NOT EXISTS warm_tags (app INTEGER, digest TEXT, PRIMARY KEY (app, digest)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS warm_paths (app INTEGER, path BLOB, layer INTEGER, member INTEGER, recording INTEGER,
+    missed INTEGER, PRIMARY KEY (app, path)) WITHOUT ROWID;
+"""
+
+#: What a path showed when it was last read: the number of a layer, and a member of it.
+Shown: TypeAlias = tuple[int, int]
+
+
+class WarmSets:
+    """The warm set of each app, on disk, shared by all processes of a cache folder.
+
+    An app is its name and its origin, as views have them (`ViewRecord`); paths are relative to the folder that it
+    shows, without a slash at either end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises: FsmountError when the file is damaged or cannot be written, NoSpace. So do all methods."""
+        self._path = path
+        with self._failures():
+            self._connection = sqlite3.connect(
+                path, isolation_level=None, check_same_thread=False, timeout=10
+            )
+            self._connection.executescript(
+                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;"
+            )
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def paths(self, app: str, origin: str) -> dict[bytes, Shown]:
+        """The warm set of an app; empty if nothing was ever recorded."""
+        query = "SELECT path, layer, member FROM warm_paths WHERE app = ?"
+        with self._failures():
+            rows = self._connection.execute(query, (self._number(app, origin),))
+            return {path: (layer, member) for path, layer, member in rows}
+
+    def is_recorded(self, app: str, origin: str, digest: Digest) -> bool:
+        """Whether a whole recording was made of what an app showed by that digest."""
+        query = "SELECT 1 FROM warm_tags WHERE app = ? AND digest = ?"
+        values = self._number(app, origin), str(digest)
+        with self._failures():
+            return self._connection.execute(query, values).fetchone() is not None
+
+    def save(
+        self,
+        app: str,
+        origin: str,
+        read: Mapping[bytes, Shown],
+        *,
+        missed: Iterable[bytes] = (),
+        digest: Digest | None = None,
+    ) -> None:
+        """Adds what a recording saw read, in the order of reading, and counts what it missed.
+
+        digest: of what was recorded, if that was the whole of a recording. One save at a time in a process.
+        """
+        with self._transaction() as connection:
+            execute, execute_many = connection.execute, connection.executemany
+            execute("INSERT OR IGNORE INTO warm_apps (app, origin) VALUES (?, ?)", (app, origin))
+            number = self._number(app, origin)
+            query = "SELECT ifnull(max(recording), 0) + 1 FROM warm_paths WHERE app = ?"
+            (recording,) = execute(query, (number,)).fetchone()
+            execute_many(
+                "UPDATE warm_paths SET missed = missed + 1 WHERE app = ? AND path = ?",
+                ((number, path) for path in missed),
+            )
+            execute_many(
+                "INSERT OR REPLACE INTO warm_paths VALUES (?, ?, ?, ?, ?, 0)",
+                ((number, path, *shown, recording) for path, shown in islice(read.items(), MOST_PATHS)),
+            )
+            execute("DELETE FROM warm_paths WHERE app = ? AND missed >= ?", (number, _FORGOTTEN_AFTER))
+            (count,) = execute("SELECT count(*) FROM warm_paths WHERE app = ?", (number,)).fetchone()
+            execute(
+                "DELETE FROM warm_paths WHERE app = ? AND path IN (SELECT path FROM warm_paths WHERE app = ?"
+                " ORDER BY missed DESC, recording LIMIT ?)",
+                (number, number, max(0, count - MOST_PATHS)),
+            )
+            if digest is not None:
+                execute("INSERT OR IGNORE INTO warm_tags VALUES (?, ?)", (number, str(digest)))
+
+    def _number(self, app: str, origin: str) -> int:
+        """Of an app that has a warm set; of others 0, which is no app's."""
+        query = "SELECT number FROM warm_apps WHERE app = ? AND origin = ?"
+        with self._failures():
+            row = self._connection.execute(query, (app, origin)).fetchone()
+        return 0 if row is None else int(row[0])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """What no other process may see half of, or do meanwhile."""
+        with self._failures():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # SQLite itself may have undone it
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            remedy = "With every fsmount process of this cache stopped, remove that file; it is made anew."
+            raise from_sqlite_error(error, self._path, remedy=remedy) from error
