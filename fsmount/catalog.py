@@ -12,9 +12,9 @@ from typing import TypeAlias
 import trio
 
 from fsmount.cache.numbers import ViewRecord
-from fsmount.errors import DeadlineExpired, FsmountError, NotFound, Unreachable
+from fsmount.errors import Corrupt, DeadlineExpired, FsmountError, NotFound, Unreachable
 from fsmount.image import Image, open_image
-from fsmount.layer import Layers
+from fsmount.layer import Layer, Layers
 from fsmount.oci.digest import Digest
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import is_tag
@@ -85,6 +85,8 @@ class View:
         self.app = app
         self.record = record
         self.content: Content | None = None
+        #: Why nothing of it may be shown any more.
+        self.void: Corrupt | None = None
 
     @property
     def number(self) -> int:
@@ -134,6 +136,7 @@ class Catalog:
         #: Told of what an app shows, before anybody has read of it: once for every view, and whenever it is opened.
         self.on_open: list[Callable[[App, Content], None]] = []
         self._layers = layers
+        layers.on_void.append(self._renew)
         self._nursery = nursery
         self._tags: dict[str, _Tags] = {}
         self._checked: dict[tuple[str, str], float] = {}
@@ -223,6 +226,8 @@ class Catalog:
         Raises: NotFound (the tag, the platform, or the folder that the app shows is not there), Unsupported,
         Invalid, Corrupt, Unreachable and its kinds, AccessDenied.
         """
+        if view.void is not None:
+            raise view.void.with_traceback(None)
         if view.content is None:
             view.content = await self._opening.run(view.number, lambda: self._bind(view))
         self._use(view.content)
@@ -280,6 +285,20 @@ class Catalog:
         record = self._layers.numbers.name_view(app.name, name, app.origin, digest)
         view = self._views[record.number] = self._latest[app.name, name] = View(app, record)
         return view
+
+    def _renew(self, layer: Layer, error: Corrupt) -> None:
+        """Gives new views to what shows a layer that is not what it was: the kernel keeps the names in the old ones."""
+        affected = [key for key, content in self._contents.items() if layer in content.tree.layers]
+        for key in affected:
+            del self._contents[key]
+        for view in list(self._views.values()):
+            if view.content is None or layer not in view.content.tree.layers:
+                continue
+            view.content, view.void = None, error
+            record = view.record
+            if self._latest.get((record.app, record.name)) is view:
+                record = self._layers.numbers.new_view(record.app, record.name, record.origin, record.digest)
+                self._views[record.number] = self._latest[record.app, record.name] = View(view.app, record)
 
     async def _resolve(self, app: App, name: str, version: str | None, known: Digest | None = None) -> Digest:
         async def resolve() -> Digest:

@@ -3,12 +3,13 @@
 import logging
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import trio
 
+from fsmount import control, metrics
 from fsmount.completion import Completer
 from fsmount.config import Config
 from fsmount.engine import open_engine
@@ -18,6 +19,7 @@ from fsmount.fuse.protocol import Opcode
 from fsmount.fuse.requests import Deadlines
 from fsmount.fuse.session import serve
 from fsmount.singleflight import single_error
+from fsmount.status import Observer, as_json
 from fsmount.warm import Warmer
 
 log = logging.getLogger(__name__)
@@ -48,18 +50,32 @@ async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) ->
                 nursery.start_soon(completer.run)
                 nursery.start_soon(warmer.run)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
-                nursery.start_soon(_serve, operations, mountpoint, ready, nursery.cancel_scope)
+                reports = _reports(Observer(engine, mountpoint))
+                nursery.start_soon(_serve, operations, mountpoint, reports, ready, nursery)
     log.info("unmounted %s", mountpoint)
 
 
+def _reports(observer: Observer) -> Mapping[str, control.Report]:
+    return {
+        "/status": control.Report("application/json", partial(observer.report, as_json)),
+        "/metrics": control.Report(metrics.MEDIA_TYPE, partial(observer.report, metrics.as_text)),
+    }
+
+
 async def _serve(
-    operations: Operations, mountpoint: Path, ready: Callable[[], None], scope: trio.CancelScope
+    operations: Operations,
+    mountpoint: Path,
+    reports: Mapping[str, control.Report],
+    ready: Callable[[], None],
+    root: trio.Nursery,
 ) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(serve, operations, mountpoint, deadlines=_DEADLINES))
         log.info("serving %s", mountpoint)
+        # When the mount is ready, it can be asked too.
+        await root.start(control.serve, mountpoint, reports)
         ready()
-    scope.cancel()
+    root.cancel_scope.cancel()
 
 
 async def _stop_on_signal(scope: trio.CancelScope) -> None:

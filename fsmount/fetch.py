@@ -16,7 +16,7 @@ from fsmount.archive.span import Codec, Span, Trust
 from fsmount.errors import Corrupt, FsmountError
 from fsmount.index import Chunk, LayerIndex
 from fsmount.oci.manifest import Descriptor
-from fsmount.passes import Passes
+from fsmount.passes import Meter, Passes
 from fsmount.registry.source import Bytes, Source
 from fsmount.singleflight import single_error
 
@@ -35,6 +35,10 @@ _GAP = 64 * 1024
 _READERS = 16
 #: Seconds during which a chunk that was not what it should be is not fetched again.
 _REFUSED_SECONDS = 10
+
+
+#: As a reason why a layer is fetched whole.
+RANGES_IGNORED = "the server sends all of it where a part is asked for"
 
 
 class RangesIgnored(FsmountError):
@@ -132,17 +136,17 @@ class Fetcher:
         nursery: trio.Nursery,
         *,
         shown: dict[int, bytes],
+        meter: Meter,
     ) -> None:
         """chunk_key names a chunk in the store. source: the place to fetch from now.
 
-        shown: takes the sha256 of chunks that are shown although nobody vouches for them.
+        shown: takes the sha256 of chunks that are shown although nobody vouches for them. meter: counts what comes.
         """
         self.index = index
-        #: Compressed bytes that came over the network.
-        self.fetched = 0
         #: Whether the server was seen to send more than the range that it was asked for.
         self.ignored = False
         self._shown = shown
+        self._meter = meter
         self._descriptor = descriptor
         self.chunk_key = chunk_key
         self._source = source
@@ -237,7 +241,9 @@ class Fetcher:
             self._start(stride, urgent=False)
 
     async def bring_all(self, numbers: Iterable[int]) -> None:
-        """Returns when all these chunks, ascending, were fetched and stored, unless the disk was full; many side by side.
+        """Returns when all these chunks, ascending, were fetched and stored, unless the disk was full.
+
+        As many requests go side by side as pay.
 
         Raises: as `bring`. Cancellation: what has begun goes on.
         """
@@ -331,6 +337,8 @@ class Fetcher:
                     except Corrupt:
                         # If a mirror sent it, the next one may do better.
                         if not source.distrust(self._descriptor):
+                            if self.index.trust is Trust.HINT:
+                                self._meter.note_whole("a part of it was not what its index says")
                             raise
         except FsmountError as error:
             run.error = error
@@ -387,6 +395,7 @@ class Fetcher:
     def _warn_ignored(self, source: Source) -> None:
         if not self.ignored:
             self.ignored = True
+            self._meter.note_whole(RANGES_IGNORED)
             log.warning(
                 "%s sends all of layer %s where a part is asked for: it cannot be read lazily",
                 source.name,
@@ -403,7 +412,7 @@ class Fetcher:
                 piece = await anext(pieces, None)
                 if piece is None:
                     raise Corrupt(f"layer {self._descriptor.digest} ends before byte {chunk.blob_stop}")
-                self.fetched += len(piece)
+                self._meter.received += len(piece)
                 buffer += piece
                 if run.rate is not None and not run.urgent:
                     await trio.sleep(len(piece) / run.rate)

@@ -12,6 +12,7 @@ from fsmount.cache.folder import CacheFolder
 from fsmount.cache.numbers import Numbers
 from fsmount.errors import Corrupt, NotFound
 from fsmount.fetch import Traffic
+from fsmount.index import LayerIndex
 from fsmount.lazy import Finder, LayerSpec
 from fsmount.passes import Passes
 from fsmount.registry.source import Source
@@ -36,7 +37,9 @@ class Layer(Supply):
     """
 
     def __init__(self, spec: LayerSpec, source: Source, layers: "Layers") -> None:
-        super().__init__(spec, source, layers.means, lambda error: layers.renumber(self, error))
+        super().__init__(
+            spec, source, layers.means, lambda error, shown: layers.renumber(self, error, shown=shown)
+        )
         self.number = layers.numbers.layer(spec.key)
         #: Told of every member that the mount is asked to read.
         self.on_read: list[Callable[[Layer, int], None]] = []
@@ -160,11 +163,16 @@ class Layer(Supply):
                 offset += size
                 left -= size
 
-    def stored_chunks(self) -> list[bool]:
-        """Which chunks are in the cache. Blocks on the disk, briefly."""
-        index = self.index
-        count = len(index.chunks) if index is not None else 0
-        return self._layers.chunks.stored([self.chunk_key(number) for number in range(count)])
+    def stored_chunks(self, index: LayerIndex | None = None) -> list[bool]:
+        """Which chunks are in the cache. Blocks on the disk, briefly.
+
+        index: the complete one, if the caller has it; then this is for any thread.
+        """
+        index = index or self.index
+        if index is None:
+            return []
+        keys = [f"{self.spec.key}{index.space}/{number}" for number in range(len(index.chunks))]
+        return self._layers.chunks.stored(keys)
 
 
 class Layers:
@@ -185,9 +193,15 @@ class Layers:
         self.nursery = nursery
         passes = Passes(chunks, folder.layers, max_layer_size=max_layer_size)
         self.means = Means(folder, chunks, passes, Traffic(), Finder(max_layer_size), nursery)
+        #: Told of every layer that turned out to be other than the kernel has been told for good.
+        self.on_void: list[Callable[[Layer, Corrupt], None]] = []
         self._layers: dict[str, Layer] = {}
         self._by_number: dict[int, Layer] = {}
         self._retired: dict[int, Corrupt] = {}
+
+    def __iter__(self) -> Iterator[Layer]:
+        """Those in use: of every image that was looked into."""
+        return iter(list(self._layers.values()))
 
     def get(self, spec: LayerSpec, source: Source) -> Layer:
         """The layer, with source as the place to fetch it from. Raises: Corrupt (it is known to break its diff ID)."""
@@ -204,10 +218,13 @@ class Layers:
             raise self._retired[number].with_traceback(None)
         return self._by_number.get(number)
 
-    def renumber(self, layer: Layer, error: Corrupt) -> None:
-        """Gives a condemned layer a new number."""
+    def renumber(self, layer: Layer, error: Corrupt, *, shown: bool) -> None:
+        """Gives a condemned layer a new number. shown: it was complete, so the kernel was told to keep what it is."""
         self._by_number.pop(layer.number, None)
         self._retired[layer.number] = error
         self.numbers.retire_layer(layer.spec.key)
         layer.number = self.numbers.layer(layer.spec.key)
         self._by_number[layer.number] = layer
+        if shown:
+            for told in self.on_void:
+                told(layer, error)

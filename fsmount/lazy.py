@@ -105,9 +105,11 @@ class Finder:
                 log.warning("layer %s is not read as %s: %s", descriptor.digest, kind, error.message)
                 reason = f"its {kind} index is no good"
                 continue
-            if found is not None and found.space not in refused:
+            if isinstance(found, str):
+                reason = found
+            elif found is not None and found.space not in refused:
                 return found
-            if found is not None:
+            elif found is not None:
                 reason = f"its {kind} index was not to be trusted"
         return reason
 
@@ -145,11 +147,11 @@ class Finder:
         entry = Entry(spec.title, EntryType.FILE, mode=0o644, size=size, extents=(Extent(0, 0, size),))
         return Found(Table(Codec.RAW, [entry], _raw_spans(size)), Kind.RANGED_FILE, Trust.HINT, "-raw")
 
-    async def _ranged_tar(self, spec: LayerSpec, source: Source) -> Found | None:
+    async def _ranged_tar(self, spec: LayerSpec, source: Source) -> Found | str:
         size = spec.descriptor.size
         entries = await walk_tar(lambda start, stop: _read(source, spec.descriptor, start, stop), size)
         if entries is None:
-            return None
+            return "finding the headers of its small members costs more"
         return Found(Table(Codec.RAW, entries, _raw_spans(size)), Kind.RANGED_TAR, Trust.HINT, "-raw")
 
     # SOCI
@@ -230,7 +232,8 @@ class Finder:
         )
 
 
-_Attempt: TypeAlias = Callable[[LayerSpec, Source], Awaitable[Found | None]]
+#: Finds the table, says why there is none, or finds nothing.
+_Attempt: TypeAlias = Callable[[LayerSpec, Source], Awaitable[Found | str | None]]
 
 
 def _raw_spans(size: int) -> list[Span]:

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, TypeVarTuple, Unpack
 
@@ -79,6 +80,21 @@ class Passes:
         return True
 
 
+@dataclass(slots=True)
+class Meter:
+    """What one layer has cost in this process."""
+
+    #: Compressed bytes that came from its source.
+    received: int = 0
+    #: Why all of it was fetched where a part should have done, as a clause; None if that has not happened.
+    whole_because: str | None = None
+
+    def note_whole(self, reason: str) -> None:
+        """Takes note that all of it is fetched; the first reason stays."""
+        if self.whole_because is None:
+            self.whole_because = reason
+
+
 class BlobSource(Protocol):
     """What a pass asks of a source."""
 
@@ -102,8 +118,6 @@ class Pass:
         #: Whether it found out that no pass is needed.
         self.skipped = False
         self.keep = Keep(known, None)
-        #: Compressed bytes so far.
-        self.received = 0
         #: Chunks that can be read by now; the pass goes through them in order.
         self.kept = 0
         self._stop = 0  # of them, in the inflated layer
@@ -161,10 +175,14 @@ class Pass:
 
     # Streaming
 
-    async def stream(self, source: "BlobSource", scanner: TarScanner | OneFile | None) -> Inflate:
+    async def stream(
+        self, source: "BlobSource", scanner: TarScanner | OneFile | None, meter: Meter
+    ) -> Inflate:
         """Network, inflating and storing side by side, each stage one block or chunk ahead of the next.
 
-        scanner: None when the index is known. Raises: Corrupt, Invalid, Unsupported, NoSpace, and what source raises.
+        scanner: None when the index is known. meter: counts what comes.
+
+        Raises: Corrupt, Invalid, Unsupported, NoSpace, and what source raises.
         """
         limit = self._passes.max_layer_size or 64 * self._descriptor.size + 2**30
         inflate = Inflate(
@@ -174,7 +192,7 @@ class Pass:
         send_portions, portions = trio.open_memory_channel[Portion](1)
         with single_error(FsmountError):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._collect, source, send_blocks)
+                nursery.start_soon(self._collect, source, send_blocks, meter)
                 nursery.start_soon(self._inflate, inflate, blocks, send_portions)
                 async with portions:
                     async for portion in portions:
@@ -183,13 +201,15 @@ class Pass:
         await self._keep(await self._passes.in_thread(inflate.finish))
         return inflate
 
-    async def _collect(self, source: "BlobSource", blocks: trio.MemorySendChannel[bytes]) -> None:
+    async def _collect(
+        self, source: "BlobSource", blocks: trio.MemorySendChannel[bytes], meter: Meter
+    ) -> None:
         """Joins the network's pieces to blocks; sends at least one, maybe empty."""
         async with blocks, source.blob(self._descriptor) as pieces:
             block = bytearray()
             async for piece in pieces:
                 block += piece
-                self.received += len(piece)
+                meter.received += len(piece)
                 if len(block) >= _BLOCK_SIZE:
                     await blocks.send(bytes(block))
                     block.clear()

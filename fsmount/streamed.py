@@ -27,7 +27,7 @@ from fsmount.indexing import IndexBuilder
 from fsmount.ingest import Inflate, Keep, OneFile
 from fsmount.lazy import Finder, LayerSpec
 from fsmount.oci.digest import Digest
-from fsmount.passes import BlobSource, Pass, Passes
+from fsmount.passes import BlobSource, Meter, Pass, Passes
 from fsmount.registry.source import Source
 
 log = logging.getLogger(__name__)
@@ -57,17 +57,23 @@ class Streamed:
     """
 
     def __init__(
-        self, spec: LayerSpec, source: Source, means: Means, on_void: Callable[[Corrupt], None]
+        self, spec: LayerSpec, source: Source, means: Means, on_void: Callable[[Corrupt, bool], None]
     ) -> None:
-        """on_void is told when all that was shown of the layer so far must not be shown again."""
+        """on_void is told when all that was shown of the layer so far must not be shown again.
+
+        And whether the layer was complete then, so that all of it may have been shown.
+        """
         self.spec = spec
         self.source = source
+        self.meter = Meter()
         self._means = means
         self._pass: Pass | None = None
         self._index: LayerIndex | None = None
         self._looked = False
         #: Whether the whole layer has to go by before more of it is believed, or because no part can be had alone.
         self._must_stream = False
+        #: Whether a part was not what a hint says: until all has gone by nobody knows which of the two is wrong.
+        self._in_doubt = False
         #: Indexes that said something else than the layer.
         self._refused: set[str] = set()
         self._condemned: tuple[float, Corrupt] | None = None
@@ -277,7 +283,7 @@ class Streamed:
     async def _fetch_again(self, running: Pass) -> None:
         """For chunks that were evicted: each is checked as it comes."""
         try:
-            await running.stream(self.source, None)
+            await running.stream(self.source, None, self.meter)
         except Corrupt:
             self.source.distrust(self.spec.descriptor)
             raise
@@ -297,7 +303,7 @@ class Streamed:
             try:
                 finished = await self._stream(running, builder)
                 self._compare_with_shown(running.keep.chunks, is_certified=True)
-                self._must_stream = False
+                self._must_stream = self._in_doubt = False
             except Corrupt as error:
                 self._condemn(error)
                 raise
@@ -325,7 +331,10 @@ class Streamed:
         title = self.spec.title
         scanner = TarScanner() if title is None else OneFile(title)
         hint = running.known
-        inflate = await running.stream(self.source if hint is None else self._blob(hint), scanner)
+        blob = self.source if hint is None else self._blob(hint)
+        # What comes out of the cache was counted when it was fetched.
+        meter = self.meter if blob is self.source else Meter()
+        inflate = await running.stream(blob, scanner, meter)
         try:
             diff_id = running.keep.finish()
         except Invalid as error:
@@ -370,7 +379,7 @@ class Streamed:
     def _refuse(self, hint: LayerIndex, reason: str) -> None:
         """Makes void what an index said that nobody vouched for; the layer itself may be sound."""
         self._refused.add(hint.space)
-        self._must_stream = False
+        self._must_stream = self._in_doubt = False
         self._remove_index()
         self._make_void(self._alarm(f"its {hint.kind} index was not to be trusted: {reason}"))
 
@@ -386,7 +395,7 @@ class Streamed:
         # If a mirror sent it, the next reader finds out what the others have.
         others = self.source.distrust(self.spec.descriptor)
         self._condemned = None if others else (trio.current_time() + _CONDEMNED_SECONDS, error)
-        self._must_stream = False
+        self._must_stream = self._in_doubt = False
         self._remove_index()
         self._shown = {}
         self._make_void(error)
@@ -401,7 +410,7 @@ class Streamed:
     def _make_void(self, error: Corrupt) -> None:
         self._is_void = True
         self._hinted = {}
-        self._on_void(error)
+        self._on_void(error, self.complete)
 
 
 def _spans(

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes of a blob that are fetched because its maker says so.
 _LARGEST_PREFETCH = 64 * 1024 * 1024
+#: Why Finder has a layer streamed that nobody expects to be read in parts.
+_GOOD_REASONS = frozenset({"it is small", "indexes are off", "it has no index"})
 
 
 class Opened(NamedTuple):
@@ -38,7 +40,7 @@ class Supply(Streamed):
     """
 
     def __init__(
-        self, spec: LayerSpec, source: Source, means: Means, on_void: Callable[[Corrupt], None]
+        self, spec: LayerSpec, source: Source, means: Means, on_void: Callable[[Corrupt, bool], None]
     ) -> None:
         super().__init__(spec, source, means, on_void)
         self._fetcher: Fetcher | None = None
@@ -84,7 +86,7 @@ class Supply(Streamed):
             key, chunk = self.chunk_key(number), index.chunks[number]
             chunks = self._means.chunks
             descriptor = chunks.hot(key)
-            if descriptor is None:
+            if descriptor is None and not self._in_doubt:
                 descriptor = await self._open_stored(index, number)
             if descriptor is not None:
                 return descriptor
@@ -93,10 +95,11 @@ class Supply(Streamed):
             fetcher = self.fetcher
             if fetcher is None:
                 running = self._running()
-                await running.wait_kept(chunk.start)
-                descriptor = await self._open_kept(running, number)
-                if descriptor is not None:
-                    return descriptor
+                if not self._in_doubt:
+                    await running.wait_kept(chunk.start)
+                    descriptor = await self._open_kept(running, number)
+                    if descriptor is not None:
+                        return descriptor
                 await running.wait_done()
                 continue
             try:
@@ -106,6 +109,7 @@ class Supply(Streamed):
                     raise
                 log.warning("%s; all of it is fetched", error.message)
                 self._must_stream = True
+                self._in_doubt = isinstance(error, Corrupt)
             descriptor = chunks.hot(key)
             if descriptor is not None:
                 return descriptor
@@ -145,14 +149,25 @@ class Supply(Streamed):
                 means.traffic,
                 means.nursery,
                 shown=self._hinted,
+                meter=self.meter,
             )
         return self._fetcher
 
     @property
     def received(self) -> int:
-        """Compressed bytes that came over the network in this process, by the last pass and by ranges."""
-        streamed = self._pass.received if self._pass is not None else 0
-        return streamed + (self._fetcher.fetched if self._fetcher is not None else 0)
+        """Compressed bytes that came from its source in this process, by passes and by ranges."""
+        return self.meter.received
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything of it is on its way."""
+        streams = self._pass is not None and not self._pass.done
+        return streams or (self._fetcher is not None and self._fetcher.busy)
+
+    @property
+    def open_index(self) -> LayerIndex | None:
+        """As `index`, but one that lies on the disk is not opened for that."""
+        return self._index
 
     @property
     def was_read(self) -> bool:
@@ -190,6 +205,8 @@ class Supply(Streamed):
         found = await self._means.finder.find(self.spec, self.source, refused=self._refused)
         if isinstance(found, str):
             self._reason = found
+            if found not in _GOOD_REASONS:
+                self.meter.note_whole(found)
             return False
         try:
             index = await self._means.passes.in_thread(self._write_found, found)
@@ -197,6 +214,7 @@ class Supply(Streamed):
             log.warning("layer %s: its %s index: %s", self.spec.descriptor.digest, found.kind, error.message)
             self._refused.add(found.space)
             self._reason = f"its {found.kind} index is no good"
+            self.meter.note_whole(self._reason)
             return False
         self._set_index(index)
         if found.prefetch and self.fetcher is not None and self.fetcher.fits:

@@ -127,13 +127,13 @@ class StoredTree:
             key: int | None = directory
             above = b""
             for folder in folders:
+                if key is None:
+                    break
                 above += folder + b"/"
                 if above not in known:
                     node = self.lookup(key, folder)
                     known[above] = directory_key(node) if node is not None and node.is_directory else None
                 key = known[above]
-                if key is None:
-                    break
             node = None if key is None else self.lookup(key, name)
             if node is not None and node.member.type is EntryType.FILE:
                 yield path, node

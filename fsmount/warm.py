@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -26,7 +26,9 @@ _LOOK_SECONDS = 5.0
 _MOST_RECORDINGS = 16
 #: One who read less than this part of what an app reads, was somebody who looked around.
 _VISITOR = 0.1
-#: What may be saved when the mount ends.
+#: Where older content has to go for a warm set, it waits for so long whether a further tag of the app is opened.
+_SETTLING_SECONDS = 2.0
+#: For saving when the mount ends.
 _LAST_SECONDS = 10.0
 
 
@@ -36,8 +38,8 @@ class _Recording:
     def __init__(self, app: App, content: Content) -> None:
         self.app = app
         self.content = content
-        #: (number of a layer, member of it), in the order of first reads.
-        self.noted: dict[Shown, None] = {}
+        #: What was read: at most so much as is kept, what is read first.
+        self.noted: set[Shown] = set()
         self.began: float | None = None
         self._layers = list(dict.fromkeys(content.tree.layers))
         for layer in self._layers:
@@ -51,7 +53,7 @@ class _Recording:
         if self.began is None:
             self.began = trio.current_time()
         if len(self.noted) < MOST_PATHS:
-            self.noted[layer.number, member] = None
+            self.noted.add((layer.number, member))
 
     @property
     def is_over(self) -> bool:
@@ -60,8 +62,10 @@ class _Recording:
         return began is not None and trio.current_time() >= began + RECORD_SECONDS and tree.final
 
     def stop(self) -> None:
+        """Takes note of nothing more. May be called again."""
         for layer in self._layers:
             layer.on_read.remove(self._note)
+        self._layers = []
 
 
 class Warmer:
@@ -73,6 +77,8 @@ class Warmer:
         self._recordings: list[_Recording] = []
         #: What was opened in this process: name and origin of an app, and a digest.
         self._opened: set[tuple[str, str, Digest]] = set()
+        #: What was opened last, by name and origin of the app.
+        self._latest: dict[tuple[str, str], Content] = {}
 
     def open(self, app: App, content: Content) -> None:
         """Takes note that an app shows something; for `Catalog.on_open`."""
@@ -80,6 +86,7 @@ class Warmer:
         if key in self._opened:
             return
         self._opened.add(key)
+        self._latest[app.name, app.origin] = content
         what = f"the warm set of {app.name} is not fetched for image {content.image.digest}"
         self._means.nursery.start_soon(in_background, what, partial(self._apply, app, content))
         try:
@@ -113,16 +120,16 @@ class Warmer:
 
     async def _end(self, recording: _Recording, *, whole: bool) -> None:
         """whole: False if it was cut short; what it has not seen might have come yet."""
-        self._recordings.remove(recording)
         recording.stop()
         tree = recording.content.tree
-        if not recording.noted or not tree.final:
-            return
-        try:
-            await tree.stored()
-            await trio.to_thread.run_sync(self._save, recording, whole)
-        except FsmountError as error:
-            log.warning("what is read of %s is not recorded: %s", recording.app.name, error.message)
+        if recording.noted and tree.final:
+            try:
+                await tree.stored()
+                await trio.to_thread.run_sync(self._save, recording, whole)
+            except FsmountError as error:
+                log.warning("what is read of %s is not recorded: %s", recording.app.name, error.message)
+        # Not before: if this is cancelled, what it has seen is saved after all.
+        self._recordings.remove(recording)
 
     def _save(self, recording: _Recording, whole: bool) -> None:
         app, tree, root = recording.app, recording.content.tree, recording.content.root
@@ -140,32 +147,43 @@ class Warmer:
             whole = False
         digest = recording.digest if whole else None
         self._sets.save(app.name, app.origin, read, missed=missed if whole else (), digest=digest)
-        log.info(
-            "%d files were read of image %s of %s when it was new", len(read), recording.digest, app.name
-        )
+        log.info("the warm set of %s: %d files were read of image %s", app.name, len(read), recording.digest)
 
     # Applying
 
     async def _apply(self, app: App, content: Content) -> None:
         items = await recorded_items(self._sets, app, content)
         missing = await find_missing(items, self._means)
+        if not missing:
+            return
         chunks = self._means.chunks
-        room = chunks.size - await self._means.passes.in_thread(lambda: chunks.volume)
-        for layer, numbers in missing.items():
-            index, fetcher = await layer.wait_complete(), layer.fetcher
-            # Where a pass brings them, it brings all of the layer.
-            room -= sum(index.chunks[number].size for number in numbers) if fetcher else index.inflated_size
-            if room < 0:
-                log.info("not all of the warm set of %s is fetched: the cache has no room for it", app.name)
+        size = sum([await _size_to_fetch(layer, numbers) for layer, numbers in missing.items()])
+        if 2 * size > chunks.size:
+            log.info("the warm set of %s is not fetched: %d bytes are too many for the cache", app.name, size)
+            return
+        volume = await self._means.passes.in_thread(lambda: chunks.volume)
+        if volume + size > chunks.size:
+            # One who looks into one old tag after the other shall not cost the app that runs what it has.
+            await trio.sleep(_SETTLING_SECONDS)
+            if self._latest[app.name, app.origin] is not content:
                 return
+        count = sum(map(len, missing.values()))
+        log.info("the warm set of %s: %d files, %d chunks to be fetched", app.name, len(items), count)
+        for layer, numbers in missing.items():
+            fetcher = layer.fetcher
             if fetcher is not None:
                 fetcher.prefetch(numbers)
             else:
                 what = f"the warm set of {app.name} is not whole"
                 self._means.nursery.start_soon(in_background, what, partial(bring_layer, layer, numbers))
-        if missing:
-            count = sum(map(len, missing.values()))
-            log.info("the warm set of %s: %d files, %d chunks to be fetched", app.name, len(items), count)
+
+
+async def _size_to_fetch(layer: Layer, numbers: Sequence[int]) -> int:
+    """Bytes that some chunks take in the cache; where they come by a pass, that brings all of the layer."""
+    index = await layer.wait_complete()
+    if layer.fetcher is None:
+        return index.inflated_size
+    return sum(index.chunks[number].size for number in numbers)
 
 
 async def recorded_items(sets: WarmSets, app: App, content: Content) -> list[Item]:
@@ -187,7 +205,7 @@ async def recorded_items(sets: WarmSets, app: App, content: Content) -> list[Ite
 
 
 def _paths(
-    stored: StoredTree, tree: Tree, root: int, noted: Mapping[Shown, None]
+    stored: StoredTree, tree: Tree, root: int, noted: Iterable[Shown]
 ) -> Iterator[tuple[bytes, Shown]]:
     """The paths by which one gets at what was noted, and what they show; what is void by now has none."""
     members: dict[int, list[int]] = defaultdict(list)
@@ -199,7 +217,7 @@ def _paths(
 
 
 def _files(
-    stored: StoredTree, tree: Tree, root: int, paths: Mapping[bytes, Shown]
+    stored: StoredTree, tree: Tree, root: int, paths: Iterable[bytes]
 ) -> Iterator[tuple[bytes, Shown, tuple[int, int]]]:
     """The files at those of the paths that there are: path, what it shows, and its layer's position with its member."""
     for path, node in stored.files(root, paths):

@@ -71,7 +71,7 @@ class WarmSets:
         missed: Iterable[bytes] = (),
         digest: Digest | None = None,
     ) -> None:
-        """Adds what a recording saw read, in the order of reading, and counts what it missed.
+        """Adds what a recording saw read, and counts what it missed.
 
         digest: of what was recorded, if that was the whole of a recording. One save at a time in a process.
         """

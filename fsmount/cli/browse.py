@@ -11,7 +11,7 @@ from fsmount.archive.entry import EntryType
 from fsmount.catalog import App, Content
 from fsmount.cli.options import ConfigOptions
 from fsmount.engine import Engine, open_engine
-from fsmount.errors import AccessDenied, NotFound, Unreachable
+from fsmount.errors import AccessDenied, NotFound, Unreachable, UsageError
 from fsmount.oci.platform import Platform
 from fsmount.overlay import Node
 from fsmount.policy import Indexes
@@ -77,6 +77,16 @@ def explained(engine: Engine, app: App, source: str) -> Iterator[None]:
             apps = ", ".join(sorted(engine.catalog.apps)) or "none"
             error.remedy = f"There is no app {name!r} in the configuration; there are: {apps}."
         raise
+
+
+def check_is_app(engine: Engine, app: App, source: str) -> None:
+    """Raises: UsageError, if SOURCE names no app of the configuration: only of those it is recorded what is read."""
+    if app.name not in engine.catalog.apps:
+        apps = ", ".join(sorted(engine.catalog.apps)) or "none"
+        raise UsageError(
+            f"{source} is no app of the configuration: what is read of it is not recorded",
+            remedy=f"Name an app and a tag; there are: {apps}. Or fetch all of it, with --all.",
+        )
 
 
 async def walk(content: Content, path: str) -> tuple[Node, list[bytes]]:

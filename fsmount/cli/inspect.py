@@ -19,6 +19,7 @@ def inspect(options: ConfigOptions, source: str, platform: str | None, as_json: 
     from fsmount.cli import browse
     from fsmount.engine import Engine
     from fsmount.layer import Layer
+    from fsmount.status import cached_size
 
     def layer_facts(layer: Layer) -> dict[str, object]:
         descriptor = layer.spec.descriptor
@@ -32,11 +33,7 @@ def inspect(options: ConfigOptions, source: str, platform: str | None, as_json: 
         }
         if index is not None:
             stored = layer.stored_chunks()
-            here = sum(
-                chunk.blob_stop - chunk.blob_start
-                for chunk, is_here in zip(index.chunks, stored, strict=True)
-                if is_here
-            )
+            here = cached_size(index, stored)
             if layer.spec.title is None:
                 facts["kind"] = str(index.facts["compression"])
             facts |= {
@@ -49,7 +46,7 @@ def inspect(options: ConfigOptions, source: str, platform: str | None, as_json: 
                 "chunks": len(index.chunks),
                 "cached_chunks": sum(stored),
                 # Of the blob; None where no part of it can be had alone.
-                "cached_size": min(here, descriptor.size) if index.has_spans else None,
+                "cached_size": None if here is None else min(here, descriptor.size),
             }
         return facts
 

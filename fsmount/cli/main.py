@@ -19,9 +19,12 @@ from fsmount.errors import FsmountError
 COMMANDS = {
     "mount": "Mount the configured apps.",
     "unmount": "Unmount what fsmount serves at a mount point.",
+    "status": "Show how a running mount is.",
     "snapshot": "Make a plain folder of an image.",
     "ls": "List a folder of an image.",
     "cat": "Print a file of an image.",
+    "prefetch": "Fetch files of an image before they are read.",
+    "wait": "Return when what an app reads is here.",
     "inspect": "Show what an image is made of.",
     "index": "Publish indexes with which an image's layers are read lazily.",
     "login": "Check a user and password with a registry, and keep them.",

@@ -17,6 +17,7 @@ from fsmount.registry.endpoint import Capability, Endpoint
 from fsmount.registry.referrers import list_referrers
 from fsmount.registry.remote import ANY_MANIFEST, Remote
 from fsmount.registry.source import Bytes, check, read_small
+from fsmount.registry.standing import Standing
 from fsmount.registry.urls import follow
 from fsmount.registry.wire import Answer
 
@@ -45,9 +46,12 @@ class Repository:
     and so is the list of tags.
     """
 
-    def __init__(self, reference: Reference, remotes: Callable[[], Awaitable[list[Remote]]]) -> None:
-        """remotes: the servers as the administrator's files have them now."""
+    def __init__(
+        self, reference: Reference, remotes: Callable[[], Awaitable[list[Remote]]], standing: Standing
+    ) -> None:
+        """remotes: the servers as the administrator's files have them now. standing: told of what they answer."""
         self.name = reference.name
+        self._standing = standing
         self._remotes = remotes
         self._distrusted: set[_Distrusted] = set()
         self._served: dict[Digest, Remote] = {}
@@ -97,7 +101,11 @@ class Repository:
                 except Corrupt:
                     if not self.distrust(descriptor):
                         raise
-            yield body
+            try:
+                yield body
+            except Unreachable as error:
+                self._standing.note_broken(error)
+                raise
 
     async def small_blob(self, descriptor: Descriptor) -> bytes:
         while True:
@@ -121,8 +129,9 @@ class Repository:
         return await self._origin(lambda remote: list_referrers(remote, digest, artifact_type))
 
     async def _origin(self, ask: Callable[[Remote], Awaitable[_Result]]) -> _Result:
-        remotes = await self._remotes()
-        return await ask(next(remote for remote in remotes if remote.endpoint.is_origin))
+        with self._standing.asking():
+            remotes = await self._remotes()
+            return await ask(next(remote for remote in remotes if remote.endpoint.is_origin))
 
     async def _first(
         self,
@@ -135,6 +144,12 @@ class Repository:
 
         Raises: what the origin, else the last, raised.
         """
+        with self._standing.asking():
+            return await self._first_of_all(capability, ask, digest)
+
+    async def _first_of_all(
+        self, capability: Capability, ask: Callable[[Remote], Awaitable[_Result]], digest: Digest | None
+    ) -> _Result:
         remotes = [
             remote
             for remote in await self._remotes()

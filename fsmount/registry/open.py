@@ -21,6 +21,7 @@ from fsmount.registry.remote import Remote
 from fsmount.registry.retry import Retry
 from fsmount.registry.server import RateLimit, Server
 from fsmount.registry.source import Source
+from fsmount.registry.standing import Standing
 from fsmount.registry.transport import Timeouts, Transports
 from fsmount.registry.wire import Limits, Wire
 
@@ -54,6 +55,7 @@ class Sources:
         self._transports = Transports(proxies or Proxies.from_environment(os.environ), network=transport)
         self._wire = Wire(self._transports, timeouts or Timeouts(), limits or Limits())
         self._servers: dict[Endpoint, Server] = {}
+        self._standings: dict[str, Standing] = {}
         self._nursery_manager = trio.open_nursery()
         self._nursery: trio.Nursery | None = None
 
@@ -82,7 +84,8 @@ class Sources:
         async def remotes() -> list[Remote]:
             return await self.remotes(reference)
 
-        return Repository(reference, remotes)
+        standing = self._standings.setdefault(reference.name, Standing(reference.name))
+        return Repository(reference, remotes, standing)
 
     def destination(self, reference: Reference | LayoutReference) -> Destination:
         """Where what refers to the images of a reference is published: beside them. As `open`."""
@@ -112,6 +115,10 @@ class Sources:
         """What servers have said of the pulls that are left, by their names."""
         servers = self._servers.values()
         return {server.domain: server.rate_limit for server in servers if server.rate_limit}
+
+    def standing(self, source: Source) -> Standing | None:
+        """What became of asking a repository; None of a layout, which asks nobody."""
+        return self._standings.get(source.name)
 
     def _server(self, endpoint: Endpoint) -> Server:
         """One for all repositories on it."""

@@ -21,6 +21,7 @@ from scripts.bench.stargz import write_estargz
 from tests.peers import (
     MANIFEST,
     OCI,
+    Json,
     LayerBlob,
     digest_of,
     have,
@@ -31,7 +32,7 @@ from tests.peers import (
 )
 
 #: Changes with what is generated, as that of corpus.py.
-_VERSION = 1
+_VERSION = 2
 _TOOL = "fsmount bench"
 _BLOCK = 1 << 20
 
@@ -100,38 +101,40 @@ def plan(small: bool) -> tuple[list[File], list[Touched]]:
     scopes, sizes = (27 if not small else 3), random.Random(20)
     files = [File("app/bin/server", 90_000_000 // part, "binary")]
     files += [File(f"app/data/part{n}.bin", 20_000_000 // part, "binary") for n in range(8)]
-    packages: list[list[File]] = []
-    for scope in range(scopes):
-        for package in range(16):
-            members = []
-            for number in range(56):
-                suffix = ("css", "d.ts", "js", "json", "so")[number // 12]
-                inner = ("lib", "src/core", "src", "test")[number // 14]
-                path = f"app/node_modules/@scope{scope:02}/p{package:02}/{inner}/file{number:02}.{suffix}"
-                size = min(int(sizes.lognormvariate(8.6, 1.25)), 2_000_000)
-                members.append(File(path, size, "binary" if suffix == "so" else "text"))
-            packages.append(members)
+    packages = [
+        _package(f"@scope{scope:02}/p{one:02}", sizes) for scope in range(scopes) for one in range(16)
+    ]
     files += [file for members in packages for file in members]
     files.append(File("etc/ssl/certs/ca-certificates.crt", 200_000))
     files += [File(f"usr/lib/lib{n:03}.so", 5_000_000 // part, "binary") for n in range(40)]
     files += [File(f"usr/lib/python3/native{n}.so", 50_000_000 // part, "binary") for n in range(4)]
     files += [File(f"usr/share/locale/l{n:03}/app.mo", 30_000) for n in range(760 // part)]
 
-    def package(scope: int, number: int) -> list[Touched]:
-        return [Touched(file.path, file.size) for file in packages[scope * 16 + number]]
-
     by_path = {file.path: file.size for file in files}
-    near, far = (3, scopes - 8) if not small else (0, 1)
-    touched = [Touched("app/bin/server", 20_000_000 // part)]
-    touched += [Touched(f"usr/lib/lib{n:03}.so", 5_000_000 // part) for n in (4, 5, 19)]
-    touched += [one for number in range(12 // (2 if small else 1)) for one in package(near, number)]
-    touched += [one for number in range(8 // (4 if small else 1)) for one in package(far, number)]
-    touched += [one for scope in range(6, scopes, 6) for one in package(scope, scope % 16)]
+    near, far = (0, 1) if small else (3, scopes - 8)
+    chosen = [near * 16 + one for one in range(12)] + [far * 16 + one for one in range(8)]
+    chosen += [scope * 16 + scope % 16 for scope in range(6, scopes, 6)]
     singles = ["etc/ssl/certs/ca-certificates.crt", f"usr/share/locale/l{300 // part:03}/app.mo"]
     singles += [packages[at % len(packages)][30].path for at in (20, 150, 300, 400)]
+    touched = [Touched("app/bin/server", 20_000_000 // part)]
+    touched += [Touched(f"usr/lib/lib{n:03}.so", by_path[f"usr/lib/lib{n:03}.so"]) for n in (4, 5, 19)]
+    touched += [
+        Touched(file.path, file.size) for one in chosen[:: 3 if small else 1] for file in packages[one]
+    ]
     touched += [Touched(path, by_path[path]) for path in singles]
     touched.append(Touched("usr/lib/python3/native2.so", 2_000_000 // part))
     return files, list(dict.fromkeys(touched))
+
+
+def _package(name: str, sizes: random.Random) -> list[File]:
+    files = []
+    for number in range(56):
+        suffix = ("css", "d.ts", "js", "json", "so")[number // 12]
+        inner = ("lib", "src/core", "src", "test")[number // 14]
+        size = min(int(sizes.lognormvariate(8.6, 1.25)), 2_000_000)
+        path = f"app/node_modules/{name}/{inner}/file{number:02}.{suffix}"
+        files.append(File(path, size, "binary" if suffix == "so" else "text"))
+    return files
 
 
 class _Tar:
@@ -244,8 +247,8 @@ class _Maker:
         self._put_index(tag, soci.encode_index(ztocs, tool=_TOOL, subject=subject), soci.INDEX_V1)
 
     def _put_index(self, tag: str, index: bytes, artifact_type: str) -> Digest:
-        entry = put_blob(self._layout, index, MANIFEST) | {"artifactType": artifact_type}
-        top = {"schemaVersion": 2, "mediaType": OCI + "index.v1+json", "manifests": [entry]}
+        entry: Json = put_blob(self._layout, index, MANIFEST) | {"artifactType": artifact_type}
+        top: dict[str, Json] = {"schemaVersion": 2, "mediaType": OCI + "index.v1+json", "manifests": [entry]}
         put_manifest(self._layout, tag, top)
         push(self._layout, tag, self._host, self._repository)
         return Digest.of(index)

@@ -43,7 +43,11 @@ class Bench:
         try:
             measure()
         except Failed as problem:
-            self.notes.setdefault(f"without {contender}: {problem}", {})[self.scenario] = None
+            self.note(f"without {contender}: {problem}")
+
+    def note(self, what: str) -> None:
+        """Something to be said below the table."""
+        self.notes.setdefault(what, {})[self.scenario] = None
 
     def blob_urls(self, tag: str) -> list[str]:
         base = f"http://{self.registry.host}/v2/{REPOSITORY}/blobs"
@@ -79,7 +83,7 @@ class Bench:
         point = self.work / f"mnt{self._names}"
         point.mkdir()
         app = f"a={repository or f'{self.registry.host}/{REPOSITORY}'}"
-        options = ["--config", config] if config is not None else []
+        options = ["--config", str(config)] if config is not None else []
         try:
             started = timed([*command, "mount", point, "--app", app, "--cache", cache, *options])
             try:

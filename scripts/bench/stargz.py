@@ -8,13 +8,15 @@ import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from tests.fakes import tar as tars
 from tests.fakes.estargz import TOC_DIGEST, digest, footer_51
 
 _CHUNK_SIZE = 4 << 20
 _LEVEL = 6
+
+_Fields: TypeAlias = dict[str, str | int]
 
 
 def write_estargz(tar: Path, blob: Path) -> tuple[str, Mapping[str, str]]:
@@ -28,11 +30,12 @@ def write_estargz(tar: Path, blob: Path) -> tuple[str, Mapping[str, str]]:
         tarfile.open(tar) as archive,
         blob.open("wb") as out,
     ):
-        layer, entries, at = _Layer(out), [], 0
+        layer, at = _Layer(out), 0
+        entries: list[_Fields] = []
         for member in archive:
             layer.write(data[at : member.offset_data])
             at = member.offset_data
-            entry: dict[str, str | int] = {
+            entry: _Fields = {
                 "name": member.name + "/" * member.isdir(),
                 "type": "dir" if member.isdir() else "reg",
                 "mode": member.mode,
@@ -45,7 +48,11 @@ def write_estargz(tar: Path, blob: Path) -> tuple[str, Mapping[str, str]]:
             entry |= {"size": member.size, "digest": digest(data[at:stop])}
             for start in range(at, stop, _CHUNK_SIZE):
                 chunk = data[start : min(start + _CHUNK_SIZE, stop)]
-                place = {"offset": layer.cut(), "chunkOffset": start - at, "chunkDigest": digest(chunk)}
+                place: _Fields = {
+                    "offset": layer.cut(),
+                    "chunkOffset": start - at,
+                    "chunkDigest": digest(chunk),
+                }
                 if len(chunk) == _CHUNK_SIZE:
                     place["chunkSize"] = _CHUNK_SIZE
                 entries.append(entry | place)

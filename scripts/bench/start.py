@@ -32,6 +32,8 @@ class Way:
     tag: str
     kind: Kind
     tar: str
+    #: How it may be read as well: its figures say what that costs.
+    otherwise: Kind | None = None
 
     def measure(self, what: str) -> str:
         return f"app-start, {self.name}: {what}"
@@ -43,7 +45,7 @@ WAYS = (
     Way("SOCI v2", appimage.SOCI_V2, Kind.SOCI_V2, "tar xz"),
     Way("eStargz", appimage.ESTARGZ, Kind.ESTARGZ, "tar xz"),
     Way("zstd:chunked", appimage.ZSTD, Kind.ZSTD_CHUNKED, "tar x --zstd"),
-    Way("plain tar", appimage.TAR, Kind.RANGED_TAR, "tar x"),
+    Way("plain tar", appimage.TAR, Kind.RANGED_TAR, "tar x", otherwise=Kind.STREAMED),
 )
 READY, WIRE, ALL = "ready, s", "ready, MB on the wire", "all read, s"
 SPANS = "inflating spans, CPU s/GB"
@@ -76,6 +78,8 @@ def app_start(bench: Bench) -> None:
     for way in WAYS:
 
         def ours(way: Way = way) -> None:
+            if way.tag in image.missing:
+                raise Failed(image.missing[way.tag])
             read[way.name] = _start(bench, image, way)
             bench.record(way.measure(ALL), OURS, read[way.name])
             if STREAM in read and way.name != STREAM:
@@ -92,9 +96,6 @@ def app_start(bench: Bench) -> None:
             if way.tag == appimage.TAR:
                 bench.record(way.measure(ALL), FLOOR, seconds)
 
-        if way.tag in image.missing:
-            bench.attempt(f"{OURS}, {way.name}", lambda way=way: _fail(image.missing[way.tag]))
-            continue
         bench.attempt(f"{OURS}, {way.name}", ours)
         bench.attempt(FLOOR, unpacking)
 
@@ -128,10 +129,6 @@ def _image(bench: Bench) -> AppImage:
     return appimage.make(bench.work / "app", bench.registry.root, bench.registry.host, small=bench.small)
 
 
-def _fail(reason: str) -> None:
-    raise Failed(reason)
-
-
 def _start(bench: Bench, image: AppImage, way: Way) -> float:
     """Records one start, and returns the seconds after which all was read. Raises: Failed, also for another content."""
     digest, _ = image.layers[way.tag]
@@ -151,8 +148,10 @@ def _start(bench: Bench, image: AppImage, way: Way) -> float:
                 raise Failed(f"only {rest.read_bytes / MB:.0f} of {image.content_size / MB:.0f} MB were read")
             bench.record(way.measure("all read, MB on the wire"), OURS, link.carried().down / MB)
         layer = LayerIndex.open(cache / f"layers/{digest.replace(':', '-')}.sqlite")
-        if layer is None or layer.kind is not way.kind:
+        if layer is None or layer.kind not in (way.kind, way.otherwise):
             raise Failed(f"it was read as {layer.kind if layer else 'nothing'}, not as {way.kind}")
+        if layer.kind is not way.kind:
+            bench.note(f"{way.name} was read as {layer.kind}")
         if way.kind is not Kind.STREAMED:
             chunks, pieces = touched_bytes(layer, image.touched)
             bench.record(way.measure(WIRE), CHUNKS, chunks / MB)

@@ -32,6 +32,7 @@ def imported_packages(file):
         ("rich", "cli"),
         ("pydantic", "config.py"),
         ("flatbuffers", "archive"),
+        ("h11", "control.py"),
     ],
 )
 def test_a_foreign_library_has_one_home(library, home):
@@ -44,7 +45,15 @@ def test_a_foreign_library_has_one_home(library, home):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["version"], ["--version"], ["unmount", "--help"], ["config", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["version"],
+        ["--version"],
+        ["unmount", "--help"],
+        ["config", "--help"],
+        ["status", "--help"],
+    ],
 )
 def test_a_command_that_needs_no_heavy_library_loads_none(arguments):
     code = (

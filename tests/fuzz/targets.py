@@ -477,21 +477,25 @@ def span(data: bytes) -> bool:
 
 
 def gzip(data: bytes) -> bool:
-    """1 byte: in how large pieces it is fed; 1: of the spacing. The rest: a blob."""
+    """1 byte: in how large pieces it is fed; 1: of the spacing. The rest: a blob.
+
+    Judged by zlib: isal also takes members with sets of codes that zlib refuses.
+    """
     step, spacing, blob = 1 + 7 * (data[0] if data else 0), 4 * (data[1] if len(data) > 1 else 0), data[2:]
     pieces = [blob[at : at + step] for at in range(0, len(blob), step)]
-    plain, is_whole = _decoded(codecs.decoder(Compression.GZIP, max_output=_ENOUGH), [blob])
+    with patch("fsmount.archive.codecs._inflater", codecs._ZlibInflater):
+        plain, is_whole = _decoded(codecs.decoder(Compression.GZIP, max_output=_ENOUGH), [blob])
     if len(plain) >= _ENOUGH // 2:
         return False
     restarts: list[list[Restart]] = []
     for fed in ([blob], pieces):
-        assert not is_whole or _decoded(codecs.decoder(Compression.GZIP, max_output=_ENOUGH), fed) == (
-            plain,
-            True,
-        )
         decoder = RestartDecoder(spacing=spacing)
-        found = _decoded(decoder, fed)
-        assert found[1] == is_whole and (found == (plain, True) or not is_whole)
+        found = _decoded(codecs.bounded(decoder, max_output=_ENOUGH), fed)
+        if not is_whole:
+            assert not found[1]
+            continue
+        assert found == (plain, True)
+        assert _decoded(codecs.decoder(Compression.GZIP, max_output=_ENOUGH), fed) == (plain, True)
         restarts.append(decoder.restarts)
     if not is_whole:
         return False

@@ -1,0 +1,415 @@
+"""The control socket: who finds it, what it answers to whom, and what no client can do to it. Over real sockets."""
+
+import logging
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from fsmount import control
+from fsmount.control import Report, ask, runtime_folders, serve
+from fsmount.errors import DeadlineExpired, FsmountError, NotRunning, Refused
+from fsmount.fuse import mounts
+
+ME = os.geteuid()
+
+
+async def _hello() -> bytes:
+    return b"hello\n"
+
+
+REPORTS = {"/hello": Report("text/x-hello", _hello)}
+
+
+def mount(mountpoint: Path, user: int = ME) -> mounts.Mount:
+    """What mountinfo says of a mount of ours."""
+    options = frozenset({f"user_id={user}"})
+    return mounts.Mount(1, 0, "0:99", mounts.resolve(mountpoint), options, mounts.FSTYPE, "fsmount")
+
+
+@asynccontextmanager
+async def serving(
+    mountpoint: Path, folders: Sequence[Path], reports: Mapping[str, Report] = REPORTS
+) -> AsyncIterator[None]:
+    """As a daemon does."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve, mountpoint, reports, folders=folders))
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+async def path(tmp_path: Path, folder: Path) -> AsyncIterator[str]:
+    """A socket that answers."""
+    async with serving(tmp_path / "mnt", [folder]):
+        (path,) = folder.iterdir()
+        yield str(path)
+
+
+async def said(path: str, *sent: bytes) -> bytes:
+    """All that is answered to what a client sends."""
+    async with await trio.open_unix_socket(path) as stream:
+        for piece in sent:
+            await stream.send_all(piece)
+        return await rest(stream)
+
+
+async def rest(stream: trio.SocketStream) -> bytes:
+    answer = bytearray()
+    # A reset at its end says that not all was read of what was sent.
+    with trio.fail_after(10), suppress(trio.BrokenResourceError):
+        async for piece in stream:
+            answer += piece
+    return bytes(answer)
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+# -------------------- where it lies
+
+
+def test_root_s_sockets_are_in_run_and_those_of_others_in_their_session_s_folder() -> None:
+    assert runtime_folders(0, {"XDG_RUNTIME_DIR": "/elsewhere"})[0] == Path("/run/fsmount")
+    session = [Path("/run/user/4711/fsmount"), Path("/tmp/fsmount-4711")]
+    assert runtime_folders(4711, {}) == session
+    # The variable is of whoever asks, who may be root.
+    assert runtime_folders(4711, {"XDG_RUNTIME_DIR": "/elsewhere"}) == session
+
+
+def test_a_session_may_have_its_folder_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert runtime_folders(4711, {"XDG_RUNTIME_DIR": "/elsewhere"})[0] == Path("/elsewhere/fsmount")
+    assert runtime_folders(4711, {"XDG_RUNTIME_DIR": "relative"})[0] == Path("/run/user/4711/fsmount")
+
+
+async def test_the_socket_is_its_user_s_alone_and_gone_at_the_end(tmp_path: Path, folder: Path) -> None:
+    async with serving(tmp_path / "mnt", [folder]):
+        (path,) = folder.iterdir()
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert list(folder.iterdir()) == []
+
+
+async def test_a_folder_that_others_may_look_into_is_closed_to_them(tmp_path: Path, folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+    async with serving(tmp_path / "mnt", [folder]):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+async def test_a_path_may_be_longer_than_a_socket_s_address(tmp_path: Path) -> None:
+    folder = tmp_path.joinpath(*["x" * 100] * 5)
+    folder.parent.mkdir(parents=True)
+    async with serving(tmp_path / "mnt", [folder]):
+        assert await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_mounts_at_different_points_have_sockets_of_their_own(tmp_path: Path, folder: Path) -> None:
+    async def other() -> bytes:
+        return b"other"
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    async with serving(one, [folder]):
+        async with serving(two, [folder], {"/hello": Report("", other)}):
+            assert await ask(mount(two), "/hello", folders=[folder]) == b"other"
+            assert await ask(mount(one), "/hello", folders=[folder]) == b"hello\n"
+        assert await ask(mount(one), "/hello", folders=[folder]) == b"hello\n"
+        with pytest.raises(NotRunning):
+            await ask(mount(two), "/hello", folders=[folder])
+
+
+async def test_a_link_to_the_mount_point_is_the_mount_point(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "link").symlink_to("mnt")
+    async with serving(tmp_path / "link", [folder]):
+        assert await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_a_socket_that_a_killed_process_left_is_replaced_and_answers_nobody(
+    tmp_path: Path, folder: Path
+) -> None:
+    async with serving(tmp_path / "mnt", [folder]):
+        (path,) = folder.iterdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with pytest.raises(NotRunning, match="nobody answers"):
+        await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder])
+    async with serving(tmp_path / "mnt", [folder]):
+        assert await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_who_has_lost_the_name_to_another_leaves_it_to_that_one(tmp_path: Path, folder: Path) -> None:
+    async def serve_until(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        with scope:
+            await serve(tmp_path / "mnt", {}, folders=[folder], task_status=task_status)
+
+    old = trio.CancelScope()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_until, old)
+        # As after a lazy unmount: the old process lives as long as somebody uses its mount.
+        async with serving(tmp_path / "mnt", [folder]):
+            old.cancel()
+            await wait_all_tasks_blocked()
+            assert await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_the_next_place_is_taken_where_one_will_not_do(tmp_path: Path, folder: Path) -> None:
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    places = [tmp_path / "absent/deep", open_to_all, link, folder]
+    async with serving(tmp_path / "mnt", places):
+        assert len(list(folder.iterdir())) == 1
+        assert await ask(mount(tmp_path / "mnt"), "/hello", folders=places) == b"hello\n"
+
+
+@pytest.mark.skipif(ME != 0, reason="needs root, to make another user's folder")
+async def test_what_another_user_has_put_there_is_not_asked(tmp_path: Path, folder: Path) -> None:
+    async with serving(tmp_path / "mnt", [folder]):
+        os.chown(folder, 4711, 4711)
+        with pytest.raises(NotRunning):
+            await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder])
+        # It is that user's own mount that answers so.
+        assert await ask(mount(tmp_path / "mnt", user=4711), "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_another_user_s_mount_is_root_s_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4712)
+    with pytest.raises(Refused, match="user 4711's"):
+        await ask(mount(tmp_path, user=4711), "/hello", folders=[tmp_path])
+
+
+async def test_without_any_place_the_mount_goes_on_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve, tmp_path / "mnt", REPORTS, folders=[tmp_path / "a/b"]))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{tmp_path}/a/b: No such file" in caplog.text
+
+
+# -------------------- what it answers
+
+
+async def test_a_report_is_made_anew_for_each_request(path: str, tmp_path: Path, folder: Path) -> None:
+    answer = await said(path, b"GET /hello?x=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/x-hello\r\nContent-Length: 6\r\n")
+    assert body == b"hello\n"
+
+
+async def test_head_is_answered_without_the_content(path: str) -> None:
+    answer = await said(path, b"HEAD /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert status_of(answer) == 200
+    assert b"Content-Length: 6\r\n" in answer
+    assert answer.endswith(b"\r\n\r\n")
+
+
+async def test_a_request_may_come_byte_by_byte(path: str) -> None:
+    request = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert (await said(path, *(request[n : n + 1] for n in range(len(request))))).endswith(b"hello\n")
+
+
+@pytest.mark.parametrize(
+    "request_, status",
+    [
+        (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        (b"GET http://x/hello HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        (b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 404),
+        (b"POST /hello HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
+        (b"DELETE /hello HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"GET /hello HTTP/1.1\r\n\r\n", 400),  # no Host
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),  # TLS
+        (b"GET /hello\r\n\r\n", 400),
+        (b"\0" * 100 + b"\r\n\r\n", 400),
+        (b"GET /hello HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"x" * 40_000, 431),
+    ],
+)
+async def test_what_is_no_good_request_is_refused(path: str, request_: bytes, status: int) -> None:
+    answer = await said(path, request_)
+    assert status_of(answer) == status
+    assert (b"\r\nAllow: GET, HEAD\r\n" in answer) == (status == 405)
+    assert (await said(path, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")).endswith(b"hello\n")
+
+
+async def test_who_leaves_in_the_middle_disturbs_nobody(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    for sent in (b"", b"GET /he", b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"):
+        async with await trio.open_unix_socket(path) as stream:
+            await stream.send_all(sent)
+    assert (await said(path, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")).endswith(b"hello\n")
+    assert caplog.records == []
+
+
+# -------------------- what it takes
+
+
+async def test_who_is_slow_to_ask_is_sent_away(mock_clock: MockClock, path: str) -> None:
+    async with await trio.open_unix_socket(path) as stream:
+        await stream.send_all(b"GET /hello HT")
+        await wait_all_tasks_blocked()
+        mock_clock.jump(6)
+        assert status_of(await rest(stream)) == 408
+
+
+async def test_who_does_not_take_the_answer_is_left(
+    mock_clock: MockClock, tmp_path: Path, folder: Path
+) -> None:
+    async def large() -> bytes:
+        return bytes(10_000_000)
+
+    async with serving(tmp_path / "mnt", [folder], {"/large": Report("", large)}):
+        (path,) = map(str, folder.iterdir())
+        async with await trio.open_unix_socket(path) as stream:
+            await stream.send_all(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+            await wait_all_tasks_blocked()
+            mock_clock.jump(6)
+            await wait_all_tasks_blocked()
+            assert len(await rest(stream)) < 10_000_000
+
+
+async def test_only_so_many_are_answered_at_once_and_the_others_after_them(
+    mock_clock: MockClock, path: str
+) -> None:
+    idle = [await trio.open_unix_socket(path) for _ in range(control._MOST_CLIENTS)]
+    answers: list[bytes] = []
+
+    async def another() -> None:
+        answers.append(await said(path, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(another)
+        await wait_all_tasks_blocked()
+        assert answers == []
+        mock_clock.jump(6)
+    assert answers[0].endswith(b"hello\n")
+    for stream in idle:
+        await stream.aclose()
+
+
+async def test_a_report_that_takes_too_long_or_fails_is_an_error_and_ends_nothing(
+    mock_clock: MockClock, tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> bytes:
+        raise KeyError("unforeseen")
+
+    reports = {"/slow": Report("", trio.sleep_forever), "/bad": Report("", fail)}  # type: ignore[arg-type]
+    point = mount(tmp_path / "mnt")
+    async with serving(tmp_path / "mnt", [folder], REPORTS | reports):
+        with pytest.raises(FsmountError, match="answers /bad with 500"):
+            await ask(point, "/bad", folders=[folder])
+        assert "unforeseen" in caplog.text
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def slow() -> None:
+                with pytest.raises(FsmountError, match="answers /slow with 503"):
+                    await ask(point, "/slow", folders=[folder])
+
+            await wait_all_tasks_blocked(0.05)
+            mock_clock.jump(31)
+        assert await ask(point, "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_no_descriptor_for_a_client_is_a_pause(
+    path: str, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def full(self: trio.socket.SocketType) -> None:
+        await trio.lowlevel.wait_readable(self)
+        raise OSError(24, "Too many open files")
+
+    # The one under way was begun before.
+    with trio.socket.socket() as some:
+        monkeypatch.setattr(type(some), "accept", full)
+    await said(path, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def another() -> None:
+            assert (await said(path, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")).endswith(b"hello\n")
+
+        await wait_all_tasks_blocked(0.05)
+        monkeypatch.undo()
+        assert "Too many open files" in caplog.text
+        mock_clock.jump(2)
+
+
+# -------------------- who asks
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nless", b"\0\n\r\n\r\n"]
+)
+async def test_an_answer_that_is_none_is_told(tmp_path: Path, folder: Path, answer: bytes) -> None:
+    async with _impostor(tmp_path / "mnt", folder, answer):
+        with pytest.raises(FsmountError, match="broke off its answer"):
+            await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder])
+
+
+async def test_an_answer_of_any_length_is_not_waited_for(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_LARGEST_ANSWER", 1000)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(5000)
+    async with _impostor(tmp_path / "mnt", folder, answer):
+        with pytest.raises(FsmountError, match="more than 1000 bytes"):
+            await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder])
+
+
+async def test_a_mount_that_does_not_answer_is_waited_for_so_long(
+    mock_clock: MockClock, tmp_path: Path, folder: Path
+) -> None:
+    async with _impostor(tmp_path / "mnt", folder, None), trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def slow() -> None:
+            with pytest.raises(DeadlineExpired, match="within 45 s"):
+                await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder])
+
+        await wait_all_tasks_blocked(0.05)
+        mock_clock.jump(46)
+
+
+@asynccontextmanager
+async def _impostor(mountpoint: Path, folder: Path, answer: bytes | None) -> AsyncIterator[None]:
+    """A process at the socket of a mount that gives everybody this answer; None: none."""
+    async with serving(mountpoint, [folder]):
+        (path,) = folder.iterdir()
+
+    async def reply(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some(1000)
+            if answer is None:
+                await trio.sleep_forever()
+            else:
+                await stream.send_all(answer)
+
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+        bound.listen()
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, reply, [listener])
+            yield
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_seen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
