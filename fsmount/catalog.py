@@ -339,6 +339,12 @@ class Catalog:
         app, record = view.app, view.record
         digest = record.digest
         if digest is None:
+            # Another process may have bound it, and what it fetched is here, whether the registry is or not.
+            view.record = record = self._layers.numbers.view(record.number) or record
+            digest = record.digest
+            if digest is not None:
+                self._checked.setdefault((app.name, record.name), float("-inf"))
+        if digest is None:
             tag, pinned = _parse(record.name)
             digest = await self._resolve(app, record.name, str(pinned) if pinned else tag)
             view.record = self._layers.numbers.bind_view(record.number, digest)

@@ -79,7 +79,7 @@ async def build_ztoc(
 
     diff_id: of the inflated layer, as the image has it; None if it does not say. max_layer_size: inflated, in bytes;
     None for 64 times the blob, and 1 GiB.
-    Memory: about 30 MiB, and the ztoc: 32 KiB for 4 MiB of the layer, and about a kilobyte for a member.
+    Memory: about 30 MiB, and a few times the ztoc, which has 32 KiB for 4 MiB of the layer, and 200 bytes for a member.
 
     Raises: Unsupported (SOCI cannot carry the layer), Corrupt (it is not what its digest, or the diff ID, names),
         Invalid (it is, and is no valid layer), NoSpace, and what the source raises.

@@ -16,7 +16,7 @@ from fsmount.oci import soci
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import OCI_MANIFEST, Descriptor
 from fsmount.registry.destination import Destination
-from fsmount.registry.referrers import Artifact
+from fsmount.registry.referrers import Artifact, fallback_tag
 from fsmount.registry.source import Source
 
 #: Who makes indexes. With another version they may be others, so images get another one.
@@ -109,22 +109,23 @@ async def publish_index(
     blobs: list[bytes] = []
     if progress is not None:
         progress.total = sum(spec.descriptor.size for spec in todo)
+    subject = await _subject(source, image) if todo else None
     for spec in todo:
         outcome, data = await _build(source, spec, folder, max_layer_size, progress)
         outcomes[spec.descriptor.digest] = outcome
         blobs += [data] if data is not None else []
     layers = _in_order(image, outcomes)
-    if not blobs:
+    if subject is None or not blobs:
         return Published(image.digest, None, layers, ())
-    artifact = _artifact(image, await _subject(source, image), layers, blobs)
+    artifact = _artifact(subject, layers, blobs)
     for destination in destinations:
         await destination.publish(artifact)
     return Published(image.digest, artifact.digest, layers, places)
 
 
 def index_tag(artifact: Artifact) -> str:
-    """A tag for an index among others in a layout: one for each image."""
-    return f"soci-{artifact.subject.hex[:12]}"
+    """A tag for an image's index, of the form that listings leave out, as they do cosign's `.sig`."""
+    return f"{fallback_tag(artifact.subject)}.soci"
 
 
 def _unique(specs: Sequence[LayerSpec]) -> list[LayerSpec]:
@@ -207,9 +208,7 @@ async def _subject(source: Source, image: Image) -> Descriptor:
     return Descriptor(image.manifest.media_type, image.digest, len(data), {})
 
 
-def _artifact(
-    image: Image, subject: Descriptor, layers: Sequence[LayerOutcome], blobs: Sequence[bytes]
-) -> Artifact:
+def _artifact(subject: Descriptor, layers: Sequence[LayerOutcome], blobs: Sequence[bytes]) -> Artifact:
     ztocs = [layer.ztoc for layer in layers if layer.ztoc is not None]
     without = " ".join(str(layer.layer.digest) for layer in layers if layer.fate is Fate.UNSUPPORTED)
     more = {_WITHOUT: without} if without else {}
@@ -219,6 +218,6 @@ def _artifact(
         OCI_MANIFEST,
         soci.INDEX_V1,
         {soci.BUILD_TOOL: TOOL, **more},
-        image.digest,
+        subject.digest,
         [soci.CONFIG, *blobs],
     )

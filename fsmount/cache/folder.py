@@ -20,7 +20,7 @@ class CacheFolder:
         layers/     one SQLite index per layer, by digest; written once, kept
         trees/      one SQLite tree per manifest digest; written once, kept
         manifests/  manifests and image configurations, by digest; written once, kept
-        state.sqlite  the numbers given to layers and views
+        state.sqlite  the numbers given to layers and views; what apps were seen to read
 
     The folder is 0700: what a private registry served stays with who fetched it, and no one
     else can plant a file that this process would trust.

@@ -1,6 +1,7 @@
 """WarmSets: the paths that each app reads when it starts, and how long ago each of them was last seen read."""
 
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -37,7 +38,9 @@ class WarmSets:
     def __init__(self, path: Path) -> None:
         """Raises: FsmountError when the file is damaged or cannot be written, NoSpace. So do all methods."""
         self._path = path
-        with self._failures():
+        # Several threads use the connection, and closing it under one of them ends the whole process.
+        self._lock = threading.RLock()
+        with self._using():
             self._connection = sqlite3.connect(
                 path, isolation_level=None, check_same_thread=False, timeout=10
             )
@@ -46,12 +49,13 @@ class WarmSets:
             )
 
     def close(self) -> None:
-        self._connection.close()
+        with self._using():
+            self._connection.close()
 
     def paths(self, app: str, origin: str) -> dict[bytes, Shown]:
         """The warm set of an app; empty if nothing was ever recorded."""
         query = "SELECT path, layer, member FROM warm_paths WHERE app = ?"
-        with self._failures():
+        with self._using():
             rows = self._connection.execute(query, (self._number(app, origin),))
             return {path: (layer, member) for path, layer, member in rows}
 
@@ -59,7 +63,7 @@ class WarmSets:
         """Whether a whole recording was made of what an app showed by that digest."""
         query = "SELECT 1 FROM warm_tags WHERE app = ? AND digest = ?"
         values = self._number(app, origin), str(digest)
-        with self._failures():
+        with self._using():
             return self._connection.execute(query, values).fetchone() is not None
 
     def save(
@@ -73,7 +77,7 @@ class WarmSets:
     ) -> None:
         """Adds what a recording saw read, and counts what it missed.
 
-        digest: of what was recorded, if that was the whole of a recording. One save at a time in a process.
+        digest: of what was recorded, if that was the whole of a recording. Takes up to 50 ms, in which others wait.
         """
         with self._transaction() as connection:
             execute, execute_many = connection.execute, connection.executemany
@@ -102,14 +106,14 @@ class WarmSets:
     def _number(self, app: str, origin: str) -> int:
         """Of an app that has a warm set; of others 0, which is no app's."""
         query = "SELECT number FROM warm_apps WHERE app = ? AND origin = ?"
-        with self._failures():
+        with self._using():
             row = self._connection.execute(query, (app, origin)).fetchone()
         return 0 if row is None else int(row[0])
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """What no other process may see half of, or do meanwhile."""
-        with self._failures():
+        with self._using():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -120,9 +124,11 @@ class WarmSets:
                 raise
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def _using(self) -> Iterator[None]:
+        """For what uses the connection. Raises: FsmountError, NoSpace."""
         try:
-            yield
+            with self._lock:
+                yield
         except sqlite3.Error as error:
             remedy = "With every fsmount process of this cache stopped, remove that file; it is made anew."
             raise from_sqlite_error(error, self._path, remedy=remedy) from error

@@ -77,7 +77,8 @@ class LayoutDestination:
                 names = os.listdir(self._path)
             except FileNotFoundError:
                 return
-        if names and not {"oci-layout", "index.json"} <= set(names):
+        # Only blobs: the first artifact did not come further.
+        if "oci-layout" not in names and set(names) - {"blobs"}:
             raise Refused(
                 f"{self._path} is no OCI image layout, and not empty",
                 remedy="Choose a new folder, or a layout.",
@@ -90,10 +91,11 @@ class LayoutDestination:
         await trio.to_thread.run_sync(self._publish, artifact)
 
     def _publish(self, artifact: Artifact) -> None:
-        self.check()
         with _disk(self._path):
-            (self._path / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+            self._path.mkdir(parents=True, exist_ok=True)
             with _locked(self._path):
+                self.check()
+                (self._path / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
                 for blob in (*artifact.blobs, artifact.manifest):
                     self._put_blob(blob)
                 if not (self._path / "oci-layout").exists():

@@ -32,7 +32,7 @@ from tests.peers import (
 )
 
 #: Changes with what is generated, as that of corpus.py.
-_VERSION = 2
+_VERSION = 3
 _TOOL = "fsmount bench"
 _BLOCK = 1 << 20
 
@@ -64,6 +64,8 @@ class AppImage:
     touched: list[Touched]
     sha256: str
     layers: dict[str, tuple[str, int]]
+    #: Bytes of the index of each tag that has one, as they come over the wire.
+    indexes: dict[str, int]
     #: Tags that could not be made here, and why.
     missing: dict[str, str]
 
@@ -184,6 +186,7 @@ class _Maker:
         self._repository = repository
         self._layout = folder / "layout"
         self._layers: dict[str, tuple[str, int]] = {}
+        self._indexes: dict[str, int] = {}
         self._missing: dict[str, str] = {}
 
     def make(self, small: bool) -> AppImage:
@@ -192,11 +195,12 @@ class _Maker:
         gzipped = self._folder / "layer.tar.gz"
         with gzipped.open("wb") as out, subprocess.Popen(["gzip", "-6nc", tar.path], stdout=out) as gzip:
             # On the other core.
-            diff_id, annotations = write_estargz(tar.path, estargz := self._folder / "layer.esgz")
+            made = write_estargz(tar.path, estargz := self._folder / "layer.esgz")
         if gzip.returncode:
             raise RuntimeError(f"gzip ended with {gzip.returncode}")
         self._push(TAR, LayerBlob(tar.path, OCI + "layer.v1.tar", tar.diff_id))
-        self._push(ESTARGZ, LayerBlob(estargz, diff_id=diff_id, annotations=tuple(annotations.items())))
+        self._indexes[ESTARGZ] = made.toc_size
+        self._push(ESTARGZ, LayerBlob(estargz, diff_id=made.diff_id, annotations=made.annotations))
         self._push(GZIP, layer := LayerBlob(gzipped, diff_id=tar.diff_id))
         self._push(BARE, layer, {"note": "to be indexed"})
         self._push_soci(layer)
@@ -210,6 +214,7 @@ class _Maker:
             touched=touched,
             sha256=tar.sha256,
             layers=self._layers,
+            indexes=self._indexes,
             missing=self._missing,
         )
 
@@ -230,6 +235,7 @@ class _Maker:
                 for _ in builder.feed(data):
                     pass
         ztoc = builder.finish(tool=_TOOL)
+        self._indexes[SOCI_V1] = self._indexes[SOCI_V2] = len(ztoc)
         digest, size = self._layers[GZIP]
         descriptor = Descriptor(layer.media_type, Digest.parse(digest), size, {})
         ztocs = [soci.describe_ztoc(ztoc, descriptor, span_size=SPAN_SIZE)]
@@ -272,3 +278,5 @@ class _Maker:
         top = json.loads((layout / "index.json").read_text())["manifests"][0]["digest"]
         (layer,) = json.loads((blobs / top.removeprefix("sha256:")).read_text())["layers"]
         self._layers[ZSTD] = layer["digest"], layer["size"]
+        positions = [text for key, text in layer["annotations"].items() if key.endswith("manifest-position")]
+        self._indexes[ZSTD] = int(positions[0].split(":")[1])

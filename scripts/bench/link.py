@@ -20,6 +20,9 @@ from functools import partial
 
 import trio
 
+#: The line, unless it is said otherwise.
+MEGABITS, ROUND_TRIP_MS = 100.0, 20.0
+
 #: What a connection puts on the wire in one turn: 5.2 ms of 100 Mbit/s.
 _PIECE = 64 * 1024
 #: Pieces of one connection that may be under way: four times what fits on a line of 100 Mbit/s and 20 ms.
@@ -54,7 +57,9 @@ class Link:
 
 
 @contextmanager
-def linked(upstream: str, *, megabits: float = 100, round_trip_ms: float = 20) -> Iterator[Link]:
+def linked(
+    upstream: str, *, megabits: float = MEGABITS, round_trip_ms: float = ROUND_TRIP_MS
+) -> Iterator[Link]:
     """Start a link to `upstream` ("127.0.0.1:PORT"); it ends with the block, or with this process."""
     command = [sys.executable, "-m", "scripts.bench.link", upstream, str(megabits), str(round_trip_ms)]
     with subprocess.Popen(

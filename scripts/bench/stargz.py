@@ -5,7 +5,7 @@ import json
 import mmap
 import tarfile
 import zlib
-from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -19,8 +19,17 @@ _LEVEL = 6
 _Fields: TypeAlias = dict[str, str | int]
 
 
-def write_estargz(tar: Path, blob: Path) -> tuple[str, Mapping[str, str]]:
-    """Encode a tar of plain files and folders; returns the layer's diff ID, and its annotations.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is to be said of the layer; `toc_size` is that of the table of contents, compressed."""
+
+    diff_id: str
+    annotations: tuple[tuple[str, str], ...]
+    toc_size: int
+
+
+def write_estargz(tar: Path, blob: Path) -> Written:
+    """Encode a tar of plain files and folders.
 
     Every chunk of a file begins a gzip member, which holds what follows it in the tar as well.
     """
@@ -64,9 +73,9 @@ def write_estargz(tar: Path, blob: Path) -> tuple[str, Mapping[str, str]]:
         toc = json.dumps({"version": 1, "entries": entries}, indent="\t").encode()
         offset = layer.cut()
         layer.write(tars.archive(tars.Member(b"stargz.index.json", toc)))
-        layer.cut()
+        stop = layer.cut()
         out.write(footer_51(offset))
-    return layer.diff_id, {TOC_DIGEST: digest(toc)}
+    return Written(layer.diff_id, ((TOC_DIGEST, digest(toc)),), stop - offset)
 
 
 class _Layer:

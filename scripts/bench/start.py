@@ -10,7 +10,7 @@ from fsmount.index import ROOT, LayerIndex
 from scripts.bench import appimage
 from scripts.bench.appimage import AppImage, Touched
 from scripts.bench.bench import Bench
-from scripts.bench.link import linked
+from scripts.bench.link import MEGABITS, linked
 from scripts.bench.machine import Failed, timed
 from scripts.bench.report import OURS, Ask
 from scripts.bench.rivals import FLOOR, fetch_and_unpack
@@ -18,6 +18,7 @@ from scripts.bench.rivals import FLOOR, fetch_and_unpack
 MB = 1e6
 CHUNKS = "touched chunks"
 PIECES = "touched pieces of the format"
+LINE = "the line: index, touched chunks"
 ISAL = "isal, raw deflate as a stream"
 STREAM = "plain stream"
 #: What is read after the start.
@@ -130,7 +131,10 @@ def _image(bench: Bench) -> AppImage:
 
 
 def _start(bench: Bench, image: AppImage, way: Way) -> float:
-    """Records one start, and returns the seconds after which all was read. Raises: Failed, also for another content."""
+    """Records one start, and returns the seconds after which all was read.
+
+    Nothing is recorded before it is known what was read, and by what. Raises: Failed.
+    """
     digest, _ = image.layers[way.tag]
     config = bench.work / "app-start.toml"
     config.write_text('[defaults]\nindexes = "any"\ncomplete = "never"\n')
@@ -141,21 +145,26 @@ def _start(bench: Bench, image: AppImage, way: Way) -> float:
         ):
             root = point / "a" / way.tag
             seconds = mount + _read_touched(root, image)
-            bench.record(way.measure(READY), OURS, seconds)
-            bench.record(way.measure(WIRE), OURS, link.carried().down / MB)
+            at_ready = link.carried().down
             rest = timed(READ_ALL, cwd=root)
             if rest.read_bytes < image.content_size:
                 raise Failed(f"only {rest.read_bytes / MB:.0f} of {image.content_size / MB:.0f} MB were read")
-            bench.record(way.measure("all read, MB on the wire"), OURS, link.carried().down / MB)
+            at_end = link.carried().down
         layer = LayerIndex.open(cache / f"layers/{digest.replace(':', '-')}.sqlite")
         if layer is None or layer.kind not in (way.kind, way.otherwise):
             raise Failed(f"it was read as {layer.kind if layer else 'nothing'}, not as {way.kind}")
         if layer.kind is not way.kind:
             bench.note(f"{way.name} was read as {layer.kind}")
+        bench.record(way.measure(READY), OURS, seconds)
+        bench.record(way.measure(WIRE), OURS, at_ready / MB)
+        bench.record(way.measure("all read, MB on the wire"), OURS, at_end / MB)
         if way.kind is not Kind.STREAMED:
             chunks, pieces = touched_bytes(layer, image.touched)
             bench.record(way.measure(WIRE), CHUNKS, chunks / MB)
-            bench.record(way.measure(WIRE), PIECES, pieces / MB)
+            if layer.kind is not Kind.STREAMED:
+                bench.record(way.measure(WIRE), PIECES, pieces / MB)
+            least = (image.indexes.get(way.tag, 0) + chunks) * 8 / (MEGABITS * 1e6)
+            bench.record(way.measure(READY), LINE, least)
         layer.close()
     return seconds + rest.seconds
 

@@ -43,8 +43,6 @@ def main() -> int:
 
 def _fuzz(target: str, seconds: int, seed: int) -> bool:
     """Whether the target stood it."""
-    FOUND.mkdir(exist_ok=True)
-    before = set(FOUND.iterdir())
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         corpus.mkdir()
@@ -63,9 +61,11 @@ def _fuzz(target: str, seconds: int, seed: int) -> bool:
         return True
     print("\n".join(line for line in text.splitlines() if not line.startswith("#")))
     print(f"{target}: broken; the same again: scripts/fuzz {target} --seconds {seconds} --seed {seed}")
-    for path in sorted(set(FOUND.iterdir()) - before):
-        print(f"input, in base64: {base64.b64encode(path.read_bytes()).decode()}")
-        print(f"kept as {path}; run it: .venv/bin/pytest tests/unit/test_fuzz.py -k {path.name}", flush=True)
+    for name in re.findall(r"Test unit written to .*/(.*)", text):
+        print(f"input, in base64: {base64.b64encode((FOUND / name).read_bytes()).decode()}")
+        print(
+            f"kept as {FOUND / name}; run it: .venv/bin/pytest tests/unit/test_fuzz.py -k {name}", flush=True
+        )
     return False
 
 

@@ -63,7 +63,7 @@ _GZIP = by_zlib(_LAYER, flushes=[zlib.Z_SYNC_FLUSH, zlib.Z_BLOCK, zlib.Z_PARTIAL
 
 def tar(data: bytes) -> bool:
     """1 byte: in how large pieces it is fed. The rest: a tar."""
-    step, archive = 1 + 7 * (data[0] if data else 0), data[1:]
+    step, archive = 13 * (1 + data[0] if data else 1), data[1:]
     entries = _scanned([archive])
     assert _scanned(archive[at : at + step] for at in range(0, len(archive), step)) == entries
     if _is_plain(archive):

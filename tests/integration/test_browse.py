@@ -499,6 +499,8 @@ def test_inspect_of_an_app_with_a_folder_fetches_no_layer(registry: peers.Regist
         ("ls", "web:v1"),
         ("cat", "web:v1", "bin/upper"),
         ("inspect", "web:v1"),
+        ("prefetch", "web:v1", "bin/upper"),
+        ("wait", "web:v1", "--all"),
         ("snapshot", "web:v1", "{dest}"),
         ("config", "check"),
     ],
@@ -542,7 +544,8 @@ def test_every_command_takes_configuration_and_cache_as_option_and_from_the_envi
 
 
 @pytest.mark.parametrize(
-    "words", [("ls",), ("cat",), ("cat", "oci-layout:/x"), ("inspect",), ("snapshot", "x")]
+    "words",
+    [("ls",), ("cat",), ("cat", "oci-layout:/x"), ("inspect",), ("prefetch",), ("wait",), ("snapshot", "x")],
 )
 def test_a_command_without_its_arguments_is_a_usage_error(words: Sequence[str], tmp_path: Path) -> None:
     _, err = _run(*words, cache=tmp_path / "cache", code=2)

@@ -17,6 +17,7 @@ import pytest
 
 from fsmount.archive.inflate import check_span, inflate_span
 from fsmount.archive.ztoc import read_ztoc
+from fsmount.registry.source import is_housekeeping
 from tests import peers
 from tests.fakes.front import CountingProxy, Fault
 from tests.fakes.tar import Member, archive, pax
@@ -355,7 +356,8 @@ def test_a_folder_of_the_index_is_a_layout_that_other_tools_push(
     finally:
         os.umask(old)
     assert facts["published_to"] == [f"oci-layout:{out}"]
-    tag = f"soci-{facts['image'].removeprefix('sha256:')[:12]}"
+    tag = f"sha256-{facts['image'].removeprefix('sha256:')}.soci"
+    assert is_housekeeping(tag), "it is not listed as a tag of the app"
     assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o644}
     raw = subprocess.check_output(["skopeo", "inspect", "--raw", f"oci:{out}:{tag}"])
     assert peers.digest_of(raw) == facts["index"]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from fsmount.archive.span import Trust
 from fsmount.cache.numbers import Numbers
 from fsmount.catalog import VIEW_ROOT, App, Catalog, Content, View
 from fsmount.errors import AccessDenied, DeadlineExpired, FsmountError, NotFound, Unreachable
 from fsmount.oci.digest import Digest
 from fsmount.oci.platform import Platform
-from tests.fakes.source import FakeSource, Gate, open_layers
+from fsmount.policy import Indexes
+from tests.fakes.source import Body, FakeSource, Gate, open_layers
 from tests.fakes.tar import DIRECTORY, Member, archive
 
 AMD64 = Platform("linux", "amd64")
@@ -482,6 +485,122 @@ async def test_of_many_trees_the_least_recent_are_closed_and_open_again_when_ask
             for view in views:
                 assert await names(await catalog.content(view)) == [view.record.name.encode()]
                 assert open_files() <= 4, "of each a tree and a layer"
+
+
+# -------------------- trust
+
+
+@pytest.fixture
+def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are read in parts, however small they are."""
+    monkeypatch.setattr("fsmount.lazy._WORTHWHILE", 1)
+
+
+async def trust(content: Content) -> list[Trust]:
+    """What each of its layers is believed on, once its tree is known."""
+    await content.tree.stored()
+    found = []
+    for layer in content.tree.layers:
+        assert layer.index is not None and layer.index.complete
+        found.append(layer.index.trust)
+    return found
+
+
+@pytest.mark.usefixtures("lazy")
+async def test_a_tag_is_read_by_hints_and_with_its_digest_by_nothing_that_nobody_vouches_for(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    digest = source.listed["v1"]
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        content = await catalog.content(await catalog.view(web, "v1"))
+        assert await names(content) == [b"dist"]
+        assert await trust(content) == [Trust.HINT]
+        pinned = await catalog.content(await catalog.view(web, f"v1@{digest}"))
+        assert await trust(pinned) == [Trust.CERTIFIED]
+        assert await names(pinned) == [b"dist"]
+        assert await trust(content) == [Trust.CERTIFIED], "they have the same layers"
+
+
+@pytest.mark.usefixtures("lazy")
+@pytest.mark.parametrize("by", ["view", "tag and digest", "open"])
+async def test_with_a_digest_a_layer_that_is_new_is_streamed_and_verified(
+    tmp_path: Path, source: FakeSource, by: str
+) -> None:
+    digest = source.listed["v1"]
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        if by == "open":
+            content = await catalog.open(web, str(digest))
+        else:
+            name = str(digest) if by == "view" else f"v1@{digest}"
+            content = await catalog.content(await catalog.view(web, name))
+        assert await trust(content) == [Trust.CERTIFIED]
+
+
+@pytest.mark.usefixtures("lazy")
+@pytest.mark.parametrize("indexes", Indexes)
+async def test_of_an_app_that_allows_no_hints_no_tag_is_read_by_one(
+    tmp_path: Path, source: FakeSource, indexes: Indexes
+) -> None:
+    web = replace(app(source), indexes=indexes)
+    async with open_catalog(tmp_path, web) as catalog:
+        content = await catalog.open(web, "v1")
+        assert await trust(content) == [Trust.HINT if indexes is Indexes.ANY else Trust.CERTIFIED]
+
+
+@pytest.mark.usefixtures("lazy")
+async def test_an_app_without_hints_does_not_take_what_another_app_reads_by_one(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    web, strict = app(source), replace(app(source, "strict"), indexes=Indexes.BOUND)
+    async with open_catalog(tmp_path, web, strict) as catalog:
+        assert await trust(await catalog.open(web, "v1")) == [Trust.HINT]
+        assert await trust(await catalog.open(strict, "v1")) == [Trust.CERTIFIED]
+
+
+@pytest.mark.usefixtures("lazy")
+async def test_when_a_layer_cannot_be_verified_its_digest_does_not_open_and_its_tag_still_does(
+    tmp_path: Path, mock_clock: MockClock, source: FakeSource
+) -> None:
+    digest = source.listed["v1"]
+    web = app(source)
+    async with open_catalog(tmp_path, web) as catalog:
+        content = await catalog.open(web, "v1")
+        assert await trust(content) == [Trust.HINT]
+        source.then(content.tree.layers[0].spec.descriptor, Body(stop=0, error=GONE))
+        with pytest.raises(Unreachable):
+            await catalog.open(web, str(digest))
+        assert await trust(await catalog.open(web, "v1")) == [Trust.HINT]
+        assert await trust(await catalog.open(web, str(digest))) == [Trust.CERTIFIED], "the next one is lucky"
+
+
+@pytest.mark.xfail(strict=True, reason="demand_trust does not wait for a look-up that is under way")
+@pytest.mark.usefixtures("lazy")
+async def test_a_digest_that_is_opened_while_a_hint_is_being_looked_up_is_not_read_by_it(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    digest = source.listed["v1"]
+    web = app(source)
+    gate = Gate()
+    async with open_catalog(tmp_path, web) as catalog, trio.open_nursery() as nursery:
+        content = await catalog.open(web, "v1")
+        source.then(content.tree.layers[0].spec.descriptor, Body(gate=gate))
+        nursery.start_soon(content.tree.stored)
+        await gate.held.wait()
+        pinned: list[Content] = []
+
+        async def open_pinned() -> None:
+            pinned.append(await catalog.open(web, str(digest)))
+
+        async with trio.open_nursery() as opening:
+            opening.start_soon(open_pinned)
+            await wait_all_tasks_blocked()
+            gate.open()
+        assert await trust(pinned[0]) == [Trust.CERTIFIED]
+
+
+# -------------------- folders
 
 
 async def test_the_names_of_apps_make_the_folders_above_them(tmp_path: Path, source: FakeSource) -> None:

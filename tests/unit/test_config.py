@@ -8,6 +8,7 @@ from fsmount.config import Config, find_config, load_config
 from fsmount.errors import UsageError
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import LayoutReference, Reference
+from fsmount.policy import Complete, Indexes
 
 WEB = 'repository = "registry.example.com/team/web"\n'
 
@@ -118,6 +119,32 @@ class TestWhatIsInForce:
         assert config.apps["a"].refresh_seconds == 3600
         assert config.apps["a"].platform == Platform("linux", "arm", "v6")
         assert config.apps["b"].refresh_seconds == 60
+
+    def test_what_may_be_read_by_indexes_and_fetched_unasked_is_any_and_in_idle_times(self, load):
+        config = load(f"[apps.a]\n{WEB}")
+        for table in (config.defaults, config.apps["a"]):
+            assert (table.indexes, table.complete) == (Indexes.ANY, Complete.IDLE)
+
+    @pytest.mark.parametrize("indexes", Indexes)
+    @pytest.mark.parametrize("complete", Complete)
+    def test_an_app_has_its_policies_from_the_defaults_unless_it_says_otherwise(
+        self, load, indexes, complete
+    ):
+        policies = f'indexes = "{indexes}"\ncomplete = "{complete}"\n'
+        config = load(f"[defaults]\n{policies}[apps.a]\n{WEB}")
+        for table in (config.defaults, config.apps["a"]):
+            assert (table.indexes, table.complete) == (indexes, complete)
+        config = load(f'[defaults]\nindexes = "off"\ncomplete = "now"\n[apps.a]\n{WEB}{policies}')
+        assert (config.apps["a"].indexes, config.apps["a"].complete) == (indexes, complete)
+        assert (config.defaults.indexes, config.defaults.complete) == (Indexes.OFF, Complete.NOW)
+
+    def test_of_two_policies_each_is_inherited_by_itself(self, load):
+        config = load(f'[defaults]\nindexes = "bound"\ncomplete = "never"\n[apps.a]\n{WEB}indexes = "any"\n')
+        assert (config.apps["a"].indexes, config.apps["a"].complete) == (Indexes.ANY, Complete.NEVER)
+
+    def test_what_is_fetched_in_the_background_has_no_bound_unless_there_is_a_rate(self, load):
+        assert load("").network.background_rate is None
+        assert load('[network]\nbackground_rate = "2.5 MB"\n').network.background_rate == 2_500_000
 
     def test_an_app_may_be_a_layout_folder(self, load):
         config = load('[apps.web]\nrepository = "oci-layout:/srv/builds"\n')
@@ -367,6 +394,20 @@ platform = "?"
     @pytest.mark.parametrize("written", ["60", '"60"', '"0s"', '"-1s"', '"1y"', '"1h30m"'])
     def test_what_is_no_time_is_refused(self, problem, written):
         assert "must be a time above zero" in problem(f"defaults.refresh = {written}")
+
+    @pytest.mark.parametrize("written", ['"all"', '"ANY"', '""', "true", "1", '["any"]'])
+    @pytest.mark.parametrize("table", ["defaults", "apps.web"])
+    def test_what_is_no_policy_is_refused_and_told_what_there_is(self, problems, table, written):
+        repository = WEB if table == "apps.web" else "\n"
+        assert problems(f"[{table}]\n{repository}indexes = {written}\ncomplete = {written}\n") == [
+            f'config.toml:3: {table}.indexes: must be "any", "bound" or "off"',
+            f'config.toml:4: {table}.complete: must be "idle", "now" or "never"',
+        ]
+
+    @pytest.mark.parametrize("written", ["0", '"0 MB"', '"fast"', "true"])
+    def test_what_is_no_rate_is_refused(self, problem, written):
+        text = problem(f"[network]\nbackground_rate = {written}\n")
+        assert text.startswith("config.toml:2: network.background_rate: must be a size above zero")
 
     @pytest.mark.parametrize("written", ['"v*"', "[]", '[""]', "[1]"])
     def test_what_is_no_list_of_patterns_is_refused(self, problem, written):

@@ -67,6 +67,35 @@ async def test_a_chunk_is_read_back_by_this_process_and_by_others(folder: Path, 
         assert content(await other.open("a", SHA256)) == GOOD
 
 
+def test_the_digest_that_a_chunk_was_stored_with_is_known_to_all_processes_until_it_is_gone(
+    folder: Path, store: ChunkStore
+) -> None:
+    assert store.recorded("a") is None
+    put(store, "a", BAD)
+    put(store, "a", GOOD)
+    put(store, "b", BAD)
+    with open_chunk_store(folder, size=10**9) as other:
+        assert [one.recorded("a") for one in (store, other)] == [SHA256, SHA256]
+        assert other.recorded("b") == hashlib.sha256(BAD).digest()
+    for path in files(folder):
+        path.unlink()
+    assert store.recorded("a") is None
+
+
+async def test_the_digest_of_a_chunk_is_not_that_of_what_the_disk_made_of_it(
+    folder: Path, store: ChunkStore
+) -> None:
+    put(store, "a", GOOD)
+    files(folder)[0].write_bytes(BAD)
+    with open_chunk_store(folder, size=10**9) as other:
+        assert other.recorded("a") == SHA256
+        assert await other.open("a") is None
+        assert other.recorded("a") is None, "it was dropped"
+    put(store, "a", GOOD)
+    await store.drop(["a"])
+    assert store.recorded("a") is None
+
+
 @pytest.mark.parametrize("data", [BAD, GOOD[:-1], b""])
 async def test_a_chunk_of_another_digest_counts_as_absent_and_is_dropped(
     folder: Path, store: ChunkStore, data: bytes

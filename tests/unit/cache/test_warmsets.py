@@ -1,8 +1,9 @@
 """WarmSets: what each app was seen to read, until three recordings in a row have missed it."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,24 @@ def test_what_fails_leaves_all_as_it_was(path: Path, sets: WarmSets) -> None:
     sets.save(*WEB, {})
     assert sets.paths(*WEB) == {b"bin": (1, 1)}
     assert not sets.is_recorded(*WEB, ONE)
+
+
+def test_it_may_be_closed_while_another_thread_uses_it(path: Path, sets: WarmSets) -> None:
+    sets.save(*WEB, {b"%d" % number: (1, number) for number in range(300)})
+
+    def use(other: WarmSets, go: threading.Event) -> None:
+        go.set()
+        with suppress(FsmountError):  # it may be too late
+            for _ in range(100):
+                assert len(other.paths(*WEB)) == 300
+
+    for _ in range(50):
+        other, go = WarmSets(path), threading.Event()
+        thread = threading.Thread(target=use, args=(other, go))
+        thread.start()
+        go.wait()
+        other.close()
+        thread.join()
 
 
 def test_a_damaged_file_is_an_error_that_names_it(path: Path) -> None:

@@ -1,0 +1,356 @@
+"""What a mount says of itself: that it is true, and how it is written down."""
+
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import trio
+
+from fsmount import metrics
+from fsmount.archive.estargz import TOC_DIGEST
+from fsmount.config import load_config
+from fsmount.engine import Engine, open_engine
+from fsmount.fetch import RANGES_IGNORED
+from fsmount.layer import Layer
+from fsmount.lazy import LayerSpec
+from fsmount.policy import Indexes
+from fsmount.status import AppStatus, LayerStatus, Observer, RateStatus, Status, TroubleStatus, as_json
+from tests.fakes.source import Body, FakeSource, Gate
+from tests.unit.test_lazy import (
+    FORMS,
+    TAR,
+    Form,
+    _small,  # noqa: F401 - small layers, small chunks
+    asked,
+    content,
+    each,
+    packed,
+    put_gzip,
+)
+
+_TAR_TYPE = "application/vnd.oci.image.layer.v1.tar"
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    return FakeSource()
+
+
+@asynccontextmanager
+async def engine_of(work: Path, *apps: str, **other: str) -> AsyncIterator[Engine]:
+    named = dict.fromkeys(apps, "oci-layout:/nowhere") | other
+    config = load_config(Path("/dev/null"), cache=work / "cache", apps=named, environ={})
+    async with open_engine(config) as engine:
+        yield engine
+
+
+async def look(engine: Engine) -> Status:
+    return await Observer(engine, Path("/mnt")).look()
+
+
+async def look_at(engine: Engine, layer: Layer) -> LayerStatus:
+    """What is said of one layer."""
+    digest = str(layer.spec.descriptor.digest)
+    (found,) = [one for one in (await look(engine)).layers if one.digest == digest]
+    return found
+
+
+async def settled(engine: Engine, layer: Layer) -> LayerStatus:
+    """As `look_at`, when what comes beside what was asked for has come."""
+    with trio.fail_after(10):
+        while (found := await look_at(engine, layer)).is_fetching:  # noqa: ASYNC110 - nobody tells
+            await trio.sleep(0.01)
+    return found
+
+
+# -------------------- layers
+
+
+@each(FORMS)
+async def test_of_a_layer_that_is_read_in_parts_it_is_told_what_came_and_what_was_spared(
+    tmp_path: Path,
+    source: FakeSource,
+    form: Form,
+) -> None:
+    spec = form.put(source)
+    size = spec.descriptor.size
+    async with engine_of(tmp_path) as engine:
+        layer = engine.layers.get(spec, source)
+        before = await look_at(engine, layer)
+        assert (before.size, before.fetched, before.is_fetching) == (size, 0, False)
+        assert (before.read_as, before.trust, before.spared, before.chunks) == (None, None, None, None)
+        index = await layer.wait_complete()
+        source.ranges.clear()
+        await content(layer, b"small/07")
+        here = await settled(engine, layer)
+        assert (here.read_as, here.trust) == (str(form.kind), str(form.trust))
+        assert (here.reason, here.whole_because, here.ranges_ignored) == (None, None, False)
+        assert here.fetched == asked(source)
+        # What lies between two wanted places comes too, and is not kept.
+        assert here.spared is not None and size - asked(source) <= here.spared < size
+        assert here.chunks == len(index.chunks) > 10
+        assert here.cached_chunks in (1, 2)
+
+
+async def test_what_was_fetched_is_counted_once_and_never_forgotten(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    blob = put_gzip(source)
+    raw = source.put_blob(TAR, _TAR_TYPE)
+    async with engine_of(tmp_path) as engine:
+        streamed, hinted = (engine.layers.get(LayerSpec(one), source) for one in (blob, raw))
+        await streamed.wait_complete()
+        assert streamed.received == blob.size
+        await engine.layers.chunks.drop([streamed.chunk_key(0)])
+        await streamed.read_stream(0, 1)
+        assert streamed.received > blob.size
+        streamed.close_index()
+        assert streamed.received > blob.size, "nothing is forgotten with the index"
+        await hinted.wait_complete()
+        await hinted.read_stream(0, 1)
+        # It is certified by what is here: that comes out of the cache, and costs nothing again.
+        await hinted.fill()
+        assert (await look_at(engine, hinted)).trust == "certified"
+        assert hinted.received == raw.size
+
+
+async def test_a_closed_index_is_looked_into_and_stays_closed(tmp_path: Path, source: FakeSource) -> None:
+    async with engine_of(tmp_path) as engine:
+        layer = engine.layers.get(LayerSpec(put_gzip(source)), source)
+        await layer.wait_complete()
+        layer.close_index()
+        found = await look_at(engine, layer)
+        assert (found.read_as, found.trust, found.reason) == ("streamed", "certified", "it has no index")
+        assert found.chunks == found.cached_chunks and found.chunks
+        assert layer.open_index is None
+    async with engine_of(tmp_path) as engine:
+        layer = engine.layers.get(LayerSpec(put_gzip(source)), source)
+        assert (await look_at(engine, layer)) == replace(found, fetched=0), "and so in the next process"
+
+
+async def test_while_something_comes_it_is_told(tmp_path: Path, source: FakeSource) -> None:
+    blob = put_gzip(source)
+    gate = Gate()
+    source.then(blob, Body(gate=gate))
+    gate.let(1000)
+    async with engine_of(tmp_path) as engine, trio.open_nursery() as nursery:
+        layer = engine.layers.get(LayerSpec(blob), source)
+        nursery.start_soon(layer.wait_complete)
+        await gate.held.wait()
+        found = await look_at(engine, layer)
+        assert (found.is_fetching, found.read_as) == (True, None)
+        assert 0 < found.fetched <= 1000
+        gate.open()
+        await layer.wait_complete()
+        assert not (await look_at(engine, layer)).is_fetching
+
+
+async def test_all_who_ask_at_once_share_one_look(
+    tmp_path: Path,
+    source: FakeSource,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[Layer] = []
+    stored_chunks = Layer.stored_chunks
+
+    def counted(self: Layer, *arguments: object) -> list[bool]:
+        looked.append(self)
+        return stored_chunks(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Layer, "stored_chunks", counted)
+    async with engine_of(tmp_path) as engine:
+        await engine.layers.get(LayerSpec(put_gzip(source)), source).wait_complete()
+        observer = Observer(engine, Path("/mnt"))
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(observer.report, as_json)
+        assert len(looked) == 1
+
+
+# -------------------- layers that should be lazy and are not
+
+
+@each({name: form for name, form in FORMS.items() if not name.startswith("SOCI")})
+async def test_a_server_without_ranges_is_a_reason(tmp_path: Path, source: FakeSource, form: Form) -> None:
+    source.knows_ranges = False
+    await _is_fetched_whole(tmp_path, source, form.put(source), RANGES_IGNORED)
+
+
+@each({name: form for name, form in FORMS.items() if name.startswith("SOCI")})
+async def test_so_it_is_when_that_is_noticed_only_while_reading(
+    tmp_path: Path,
+    source: FakeSource,
+    form: Form,
+) -> None:
+    spec = form.put(source)
+    source.knows_ranges = False
+    found = await _is_fetched_whole(tmp_path, source, spec, RANGES_IGNORED)
+    assert found.ranges_ignored
+
+
+async def test_an_index_that_is_no_good_is_a_reason(tmp_path: Path, source: FakeSource) -> None:
+    spec = FORMS["eStargz"].put(source)
+    annotations = {**spec.descriptor.annotations, TOC_DIGEST: f"sha256:{'0' * 64}"}
+    spec = replace(spec, descriptor=replace(spec.descriptor, annotations=annotations))
+    found = await _is_fetched_whole(tmp_path, source, spec, "its eStargz index is no good")
+    assert found.reason == found.whole_because
+
+
+async def test_a_part_that_a_hint_tells_wrong_is_a_reason(tmp_path: Path, source: FakeSource) -> None:
+    spec = FORMS["SOCI v1"].put(source)
+    source.then(spec.descriptor, Body(data=bytes(len(packed()))))
+    await _is_fetched_whole(tmp_path, source, spec, "a part of it was not what its index says")
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda source: LayerSpec(put_gzip(source)),
+        lambda source: LayerSpec(source.put_blob(TAR, _TAR_TYPE), indexes=Indexes.OFF),
+        lambda source: LayerSpec(source.put_blob(TAR, _TAR_TYPE)),
+    ],
+    ids=["no index", "indexes off", "small"],
+)
+async def test_what_nobody_expects_to_be_lazy_is_no_alarm(
+    tmp_path: Path,
+    source: FakeSource,
+    put: Callable[[FakeSource], LayerSpec],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "small" in request.node.name:
+        monkeypatch.setattr("fsmount.lazy._WORTHWHILE", 10**9)
+    async with engine_of(tmp_path) as engine:
+        layer = engine.layers.get(put(source), source)
+        await layer.wait_complete()
+        found = await look_at(engine, layer)
+        assert layer.received == found.size
+        assert found.whole_because is None
+        text = metrics.as_text(await look(engine)).decode()
+        assert "not_lazy_total{" not in text
+
+
+async def _is_fetched_whole(
+    work: Path,
+    source: FakeSource,
+    spec: LayerSpec,
+    reason: str,
+) -> LayerStatus:
+    async with engine_of(work) as engine:
+        layer = engine.layers.get(spec, source)
+        await content(layer, b"small/07")
+        found = await settled(engine, layer)
+        assert found.whole_because == reason
+        assert found.fetched >= spec.descriptor.size
+        # As a counter, it stays.
+        layer.close_index()
+        text = metrics.as_text(await look(engine)).decode()
+        assert f'fsmount_layers_not_lazy_total{{reason="{reason}"}} 1\n' in text
+    return found
+
+
+# -------------------- apps
+
+
+async def test_apps_are_told_with_their_sources_and_what_was_wrong(tmp_path: Path) -> None:
+    async with engine_of(tmp_path, "plain", **{"team/web": "127.0.0.1:1/team/web"}) as engine:
+        web = engine.catalog.apps["team/web"]
+        plain, asked_for = (await look(engine)).apps
+        assert plain == AppStatus("plain", "oci-layout:/nowhere", 0, None)
+        assert asked_for == AppStatus("team/web", "127.0.0.1:1/team/web", 0, None)
+        with pytest.raises(Exception, match="cannot be reached"):
+            await engine.catalog.tags(web)
+        _, asked_for = (await look(engine)).apps
+        trouble = asked_for.trouble
+        assert trouble is not None and not trouble.is_over
+        assert "127.0.0.1:1" in trouble.message
+        assert abs((datetime.now(UTC) - datetime.fromisoformat(trouble.at)).total_seconds()) < 60
+
+
+# -------------------- JSON
+
+
+async def test_the_json_form_has_these_fields(tmp_path: Path, source: FakeSource) -> None:
+    async with engine_of(tmp_path, "web") as engine:
+        await engine.layers.get(LayerSpec(put_gzip(source)), source).wait_complete()
+        said = json.loads(as_json(await look(engine)))
+    assert said["version"] == 1
+    assert list(said) == [
+        *("version", "pid", "fsmount", "mountpoint", "started", "cache", "apps", "rate_limits", "layers")
+    ]
+    assert said["cache"] == {
+        "path": str(tmp_path / "cache"),
+        "limit": 20 * 10**9,
+        "stored": said["cache"]["stored"],
+    }
+    assert said["cache"]["stored"] > len(TAR)
+    assert list(said["layers"][0]) == [field.name for field in fields(LayerStatus)]
+    assert datetime.fromisoformat(said["started"]).tzinfo is not None
+
+
+# -------------------- metrics
+
+_LABEL = r'[a-z_]+="(?:[^"\\\n]|\\[\\"n])*"'
+_SAMPLE = re.compile(rf"([a-z_]+)(?:\{{((?:{_LABEL},?)+)\}})? ([0-9]+)")
+
+
+def parse(text: str) -> Mapping[str, Mapping[str, int]]:
+    """Metrics by name and labels, read as strictly as the format is defined: types come first, once, and none mix."""
+    found: dict[str, dict[str, int]] = {}
+    assert text.endswith("\n")
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            continue
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in found and name.startswith("fsmount_")
+            assert (kind == "counter") == name.endswith("_total") and kind in ("counter", "gauge")
+            found[name] = {}
+            continue
+        sample = _SAMPLE.fullmatch(line)
+        assert sample is not None, line
+        assert sample[1] == list(found)[-1], "samples of a metric stand together, below its type"
+        assert (sample[2] or "") not in found[sample[1]]
+        found[sample[1]][sample[2] or ""] = int(sample[3])
+    return found
+
+
+async def test_the_metrics_say_what_the_status_does(tmp_path: Path, source: FakeSource) -> None:
+    async with engine_of(tmp_path) as engine:
+        lazy = engine.layers.get(FORMS["eStargz"].put(source), source)
+        await content(lazy, b"small/07")
+        await engine.layers.get(LayerSpec(put_gzip(source)), source).wait_complete()
+        engine.layers.get(LayerSpec(source.put_blob(b"nobody has asked for this")), source)
+        status = await look(engine)
+    found = parse(metrics.as_text(status).decode())
+    assert found["fsmount_build_info"] == {f'version="{status.fsmount}"': 1}
+    assert found["fsmount_cache_bytes"] == {"": status.cache.stored}
+    assert found["fsmount_cache_limit_bytes"] == {"": 20 * 10**9}
+    assert found["fsmount_layers"] == {
+        'read_as="eStargz",trust="bound"': 1,
+        'read_as="streamed",trust="certified"': 1,
+        'read_as="unknown",trust="unknown"': 1,
+    }
+    assert found["fsmount_layer_fetched_bytes_total"] == {"": sum(one.fetched for one in status.layers)}
+    assert found["fsmount_layer_spared_bytes"][""] > lazy.spec.descriptor.size / 2
+    assert found["fsmount_layers_not_lazy_total"] == {}
+
+
+async def test_no_name_breaks_the_format(tmp_path: Path) -> None:
+    async with engine_of(tmp_path) as engine:
+        status = await look(engine)
+    name = 'a "b"\\c\nd\udcff'
+    trouble = TroubleStatus("2024-01-01T00:00:00+00:00", "away", is_over=False)
+    rate = RateStatus("registry-1.docker.io", 100, 76, 21600, None)
+    status = replace(status, apps=[AppStatus(name, "s", 3, trouble)], rate_limits=[rate])
+    found = parse(metrics.as_text(status).decode())
+    written = r'app="a \"b\"\\c\nd?"'
+    assert found["fsmount_source_up"] == {written: 0}
+    assert found["fsmount_source_failures_total"] == {written: 3}
+    assert found["fsmount_pulls_remaining"] == {'server="registry-1.docker.io"': 76}
+    assert json.loads(as_json(status))["apps"][0]["name"] == name
