@@ -34,14 +34,17 @@ class Completer:
 
     def use(self, layers: Sequence[Layer], when: Complete) -> None:
         """Takes note of the layers of an app; of several apps' wishes the last counts."""
-        if when is not Complete.NEVER:
-            self._waiting.update(dict.fromkeys(layers, when))
+        for layer in layers:
+            if when is Complete.NEVER:
+                self._waiting.pop(layer, None)
+            else:
+                self._waiting[layer] = when
 
     async def run(self) -> None:
         """For ever."""
         while True:
             for layer, when in list(self._waiting.items()):
-                if self._is_due(layer, when):
+                if layer in self._waiting and self._is_due(layer, when):
                     await self._complete(layer)
             await trio.sleep(_LOOK_SECONDS)
 

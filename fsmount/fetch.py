@@ -15,6 +15,7 @@ from fsmount.archive.inflate import check_span, inflate_span
 from fsmount.archive.span import Codec, Span, Trust
 from fsmount.errors import Corrupt, FsmountError
 from fsmount.index import Chunk, LayerIndex
+from fsmount.lazy import RANGES_IGNORED
 from fsmount.oci.manifest import Descriptor
 from fsmount.passes import Meter, Passes
 from fsmount.registry.source import Bytes, Source
@@ -35,10 +36,6 @@ _GAP = 64 * 1024
 _READERS = 16
 #: Seconds during which a chunk that was not what it should be is not fetched again.
 _REFUSED_SECONDS = 10
-
-
-#: As a reason why a layer is fetched whole.
-RANGES_IGNORED = "the server sends all of it where a part is asked for"
 
 
 class RangesIgnored(FsmountError):
@@ -185,12 +182,12 @@ class Fetcher:
         run = self._coming.get(number)
         if run is None:
             run = self._start([number, *self._neighbours(number, self._window(number))], urgent=True)
-            chunk = self.index.chunks[number]
-            self.demanded += chunk.blob_stop - chunk.blob_start
         elif not run.urgent:
             run.urgent = True
             self._traffic.wake()
         await run.wait(number)
+        chunk = self.index.chunks[number]
+        self.demanded += chunk.blob_stop - chunk.blob_start
 
     def follow(self, number: int) -> None:
         """Takes note that a reader has come to a chunk; one that reads on and on finds what comes next already here.
@@ -269,8 +266,8 @@ class Fetcher:
 
     @property
     def fits(self) -> bool:
-        """Whether the cache can hold all of the layer, and as much besides."""
-        return 2 * self.index.inflated_size <= self._passes.chunks.size
+        """Whether the cache can hold all of the layer."""
+        return self.index.inflated_size <= self._passes.chunks.size
 
     async def complete(self, *, rate: float | None = None) -> None:
         """Fetches all chunks that are not stored, in the background, at most so many bytes a second.

@@ -22,6 +22,14 @@ from fsmount.tarwalk import walk_tar
 
 log = logging.getLogger(__name__)
 
+# Why a layer is streamed, as clauses for people.
+SMALL = "it is small"
+OFF = "indexes are off"
+NO_INDEX = "it has no index"
+SMALL_MEMBERS = "finding the headers of its small members costs more"
+#: This one, and those of indexes that are no good, should not be.
+RANGES_IGNORED = "the server sends all of it where a part is asked for"
+
 #: Layers of fewer bytes are fetched whole: that is one request, and no more than an index of them would be.
 _WORTHWHILE = 1024 * 1024
 #: Ranges of what is not compressed.
@@ -89,16 +97,16 @@ class Finder:
         """
         descriptor = spec.descriptor
         if descriptor.size < _WORTHWHILE:
-            return "it is small"
+            return SMALL
         if spec.indexes is Indexes.OFF:
-            return "indexes are off"
-        reason = "it has no index"
+            return OFF
+        reason = NO_INDEX
         for kind, attempt in self._attempts(spec):
             try:
                 found = await attempt(spec, source)
             except _WholeBlob as error:
                 log.warning("%s: it cannot be read lazily", error.message)
-                return "the server sends all of it where a part is asked for"
+                return RANGES_IGNORED
             except FsmountError as error:
                 if error.transient:
                     raise
@@ -151,7 +159,7 @@ class Finder:
         size = spec.descriptor.size
         entries = await walk_tar(lambda start, stop: _read(source, spec.descriptor, start, stop), size)
         if entries is None:
-            return "finding the headers of its small members costs more"
+            return SMALL_MEMBERS
         return Found(Table(Codec.RAW, entries, _raw_spans(size)), Kind.RANGED_TAR, Trust.HINT, "-raw")
 
     # SOCI
@@ -174,15 +182,27 @@ class Finder:
         if trio.current_time() < until:
             return indexes
         indexes = []
-        try:
-            for descriptor in await source.referrers(image, soci.INDEX_V1):
+        for descriptor in await self._referrers(image, source):
+            try:
                 data, _ = await source.manifest(descriptor.digest)
                 indexes.append(soci.parse_index(data, image=image))
-        except FsmountError as error:
-            log.info("%s: its SOCI indexes are not known: %s", source.name, error.message)
+            except FsmountError as error:
+                if error.transient:
+                    raise
+                log.warning(
+                    "%s: SOCI index %s is not read: %s", source.name, descriptor.digest, error.message
+                )
         self._soci = {key: kept for key, kept in self._soci.items() if trio.current_time() < kept[0]}
         self._soci[key] = trio.current_time() + _REMEMBERED_SECONDS, indexes
         return indexes
+
+    async def _referrers(self, image: Digest, source: Source) -> list[Descriptor]:
+        try:
+            return await source.referrers(image, soci.INDEX_V1)
+        except FsmountError as error:
+            # A registry may not let everybody list them, or trip over the question; the image is there all the same.
+            log.warning("%s: whether there is a SOCI index is not known: %s", source.name, error.message)
+            return []
 
     async def _soci_table(
         self, spec: LayerSpec, source: Source, indexes: list[soci.SociIndex], kind: Kind, trust: Trust

@@ -14,10 +14,10 @@ import trio
 from fsmount import __version__
 from fsmount.catalog import App
 from fsmount.engine import Engine
-from fsmount.fetch import RANGES_IGNORED
 from fsmount.fuse import mounts
 from fsmount.index import LayerIndex
 from fsmount.layer import Layer
+from fsmount.lazy import RANGES_IGNORED
 from fsmount.singleflight import SingleFlight
 
 #: Of the JSON form; it changes when a field gets another meaning, or goes.

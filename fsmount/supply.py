@@ -10,8 +10,9 @@ from fsmount.errors import Corrupt, Invalid
 from fsmount.fetch import FetchedBlob, Fetcher, RangesIgnored
 from fsmount.index import LayerIndex
 from fsmount.indexing import write_index
-from fsmount.lazy import Found, LayerSpec
+from fsmount.lazy import NO_INDEX, OFF, SMALL, SMALL_MEMBERS, Found, LayerSpec
 from fsmount.passes import BlobSource, Pass
+from fsmount.policy import Indexes
 from fsmount.registry.source import Source
 from fsmount.streamed import Means, Streamed
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 #: Bytes of a blob that are fetched because its maker says so.
 _LARGEST_PREFETCH = 64 * 1024 * 1024
 #: Why Finder has a layer streamed that nobody expects to be read in parts.
-_GOOD_REASONS = frozenset({"it is small", "indexes are off", "it has no index"})
+_GOOD_REASONS = frozenset({SMALL, OFF, NO_INDEX, SMALL_MEMBERS})
 
 
 class Opened(NamedTuple):
@@ -171,8 +172,8 @@ class Supply(Streamed):
 
     @property
     def was_read(self) -> bool:
-        """Whether somebody had to wait for bytes of the layer in this process."""
-        return self._pass is not None or (self._fetcher is not None and self._fetcher.demanded > 0)
+        """Whether somebody had to wait for a part of the layer in this process."""
+        return self._fetcher is not None and self._fetcher.demanded > 0
 
     async def has_room(self) -> bool:
         """Whether what is missing of the layer fits into the cache without evicting anything. Raises: as `fill`."""
@@ -215,6 +216,12 @@ class Supply(Streamed):
             self._refused.add(found.space)
             self._reason = f"its {found.kind} index is no good"
             self.meter.note_whole(self._reason)
+            return False
+        if index.trust is Trust.HINT and self.spec.indexes is not Indexes.ANY:
+            # Somebody has asked for more than a hint meanwhile.
+            index.close()
+            self._remove_index()
+            self._reason = OFF
             return False
         self._set_index(index)
         if found.prefetch and self.fetcher is not None and self.fetcher.fits:

@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 from fsmount.archive.codecs import Compression, sniff
 from fsmount.archive.entry import Entry
 from fsmount.archive.scan import TarScanner
-from fsmount.errors import Invalid
 
 #: Bytes of the first request after a gap, and of the largest: each that finds no gap is twice the one before.
 _LEAST = 16 * 1024
@@ -33,12 +32,10 @@ async def walk_tar(read: Callable[[int, int], Awaitable[bytes]], size: int) -> l
             return None
         entries += scanner.feed(data)
         cost += _REQUEST + stop - offset
-        offset = min(max(stop, scanner.wanted), size)
-        scanner.skip(offset)
+        offset = max(stop, scanner.wanted)
+        scanner.skip(min(offset, size))
         block = _LEAST if offset > stop else min(2 * block, _MOST)
         if cost > max(_STAKE, size // 16) and 2 * cost > offset:
             return None
-    if not scanner.ended and scanner.wanted > size:
-        raise Invalid(f"the tar ends before its member's data does, at byte {scanner.wanted}")
     scanner.finish()
     return entries

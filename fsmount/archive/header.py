@@ -58,11 +58,13 @@ _HEADER = struct.Struct("100s8s8s8s12s12s8xs100s8s64x8s8s155s8x4s")
 
 
 def is_header(block: bytes) -> bool:
-    """Whether `block` (512 bytes) is a tar header of any kind, that is, its checksum is right.
+    """Whether `block` (512 bytes, or fewer, and then not) is a tar header of any kind: its checksum is right.
 
     The sum is of unsigned bytes, its own field counting as spaces. Old tars, of Sun and GNU, summed signed ones.
     """
     checksum = block[148:156]
+    if len(block) < BLOCK:
+        return False
     try:
         expected = checksum_total(checksum)
     except Malformed:

@@ -93,7 +93,11 @@ def find_position(tail: bytes, blob_size: int) -> Position:
     """
     for length, magics in _FOOTERS.items():
         frame = tail[-_FRAME.size - length :]
-        if frame.startswith(_FRAME.pack(_SKIPPABLE, length)) and frame.endswith(magics):
+        if (
+            len(frame) == _FRAME.size + length
+            and frame.startswith(_FRAME.pack(_SKIPPABLE, length))
+            and frame.endswith(magics)
+        ):
             offset, compressed, size, type_ = _NUMBERS.unpack_from(frame, _FRAME.size)
             return _position(offset, compressed, size, type_, blob_size - len(frame))
     raise Invalid(f"the zstd:chunked layer ends with {tail[-TAIL_SIZE:]!r}: expected a footer")

@@ -130,7 +130,7 @@ def _member(ztoc: Flatbuffer, at: int) -> _Member:
     type_ = TYPES.get(text)
     if type_ is None:
         raise Malformed(f"expected the type of a file, not {text!r}")
-    path = clean_path(ztoc.text(name, MAX_PATH))
+    path = clean_path(_name(ztoc, name))
     if not path and type_ is not EntryType.DIRECTORY:
         raise Malformed("expected a directory where the path is the root")
     stored = size if type_ is EntryType.FILE else 0
@@ -152,9 +152,9 @@ def _member(ztoc: Flatbuffer, at: int) -> _Member:
 
 def _link(ztoc: Flatbuffer, at: int, type_: EntryType) -> bytes:
     if type_ is EntryType.SYMLINK:
-        target = ztoc.text(at, MAX_PATH)
+        target = _name(ztoc, at)
     elif type_ is EntryType.HARDLINK:
-        target = clean_path(ztoc.text(at, MAX_PATH))
+        target = clean_path(_name(ztoc, at))
     else:
         return b""
     if not target:
@@ -173,13 +173,19 @@ def _xattrs(ztoc: Flatbuffer, at: int) -> dict[bytes, bytes]:
     records = {}
     for record in ztoc.references(at):
         key, value = ztoc.table(record, _RECORD)
-        records[ztoc.text(key, _MAX_TEXT)] = ztoc.text(value, _MAX_TEXT)
+        records[pax.without_nul("the key of a PAX record", ztoc.text(key, _MAX_TEXT))] = ztoc.text(
+            value, _MAX_TEXT
+        )
     if not records:
         return {}
     # SOCI's builder takes sparse files of PAX for whole ones, and its reader returns something else than they hold.
     if sparse := [key for key in records if key.startswith(b"GNU.sparse.")]:
         raise Malformed(f"expected no sparse file, and there is {sparse[0][:40]!r}")
     return pax.xattrs(records)
+
+
+def _name(ztoc: Flatbuffer, at: int) -> bytes:
+    return pax.without_nul("a name", ztoc.text(at, MAX_PATH))
 
 
 @lru_cache(maxsize=4096)

@@ -575,7 +575,6 @@ async def test_when_a_layer_cannot_be_verified_its_digest_does_not_open_and_its_
         assert await trust(await catalog.open(web, str(digest))) == [Trust.CERTIFIED], "the next one is lucky"
 
 
-@pytest.mark.xfail(strict=True, reason="demand_trust does not wait for a look-up that is under way")
 @pytest.mark.usefixtures("lazy")
 async def test_a_digest_that_is_opened_while_a_hint_is_being_looked_up_is_not_read_by_it(
     tmp_path: Path, source: FakeSource

@@ -186,7 +186,6 @@ async def test_an_idle_layer_of_which_nothing_was_read_is_left_alone(
         assert await attempts.ended() is layer
 
 
-@pytest.mark.xfail(strict=True, reason="was_read takes the pass that only looks for an index for a reader's")
 async def test_a_layer_that_was_only_looked_up_counts_as_not_read(
     tmp_path: Path, mock_clock: MockClock, source: FakeSource, attempts: Attempts
 ) -> None:
@@ -232,7 +231,6 @@ async def test_layers_are_completed_one_after_the_other(
             assert attempts.begun[:number] == wanted[:number] and all(layer.stored_chunks())
 
 
-@pytest.mark.xfail(strict=True, reason="use() drops a wish for NEVER, where an earlier wish stands")
 async def test_of_several_wishes_for_a_layer_the_last_counts(
     tmp_path: Path, mock_clock: MockClock, source: FakeSource, attempts: Attempts
 ) -> None:
@@ -276,10 +274,6 @@ async def test_a_layer_that_would_evict_others_is_left_alone_until_there_is_room
         assert all(layer.stored_chunks())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="has_room wants room for the layer once, fill twice; and then says that it is complete",
-)
 async def test_a_layer_that_is_said_to_be_complete_is_complete(
     tmp_path: Path,
     mock_clock: MockClock,

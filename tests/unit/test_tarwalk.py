@@ -149,13 +149,11 @@ async def test_a_tar_that_is_cut_short_is_refused_where_a_scan_refuses_it(data: 
     assert refused
 
 
-@pytest.mark.xfail(strict=True, reason="walk_tar, unlike TarScanner, refuses a tar without its last padding")
 async def test_the_last_padding_may_be_missing() -> None:
     data = archive(Member(b"a", b"data"), end=b"")[: 512 + 4]
     assert await whole(data).walk() == scanned(data)
 
 
-@pytest.mark.xfail(strict=True, reason="codecs.sniff lets an IndexError out")
 async def test_what_is_shorter_than_a_header_is_refused() -> None:
     with pytest.raises(Invalid):
         await walk_tar(whole(TARS["empty files"][:148]).read, 148)
