@@ -189,10 +189,11 @@ class Fetcher:
         chunk = self.index.chunks[number]
         self.demanded += chunk.blob_stop - chunk.blob_start
 
-    def follow(self, number: int) -> None:
+    def follow(self, number: int, *, goes_on: bool) -> None:
         """Takes note that a reader has come to a chunk; one that reads on and on finds what comes next already here.
 
-        When readers have come to more than half of the layer, the rest follows.
+        goes_on: it came to its beginning, as one does that has read the chunk before. When readers have come to more
+        than half of the layer, the rest follows.
         """
         chunk = self.index.chunks[number]
         if number not in self._touched:
@@ -201,8 +202,8 @@ class Fetcher:
             if 2 * self._touched_size > self._descriptor.size and not self._completing and self.fits:
                 self._completing = True
                 self._nursery.start_soon(self._complete_quietly)
-        read = self._readers.pop(number, 0) + chunk.size
-        self._readers[number + 1] = read
+        read = self._readers.pop(number, 0) if goes_on else 0
+        self._readers[number + 1] = read + chunk.size
         if len(self._readers) > _READERS:
             self._readers.popitem(last=False)
         window = self._window(number)
@@ -418,6 +419,9 @@ class Fetcher:
                     del buffer[:unwanted]
                     base += unwanted
             data = bytes(memoryview(buffer)[chunk.blob_start - base : chunk.blob_stop - base])
+            if number == numbers[-1] and chunk.blob_stop == pieces.stop:
+                # Only a connection whose body was seen to end can be used again.
+                await anext(pieces, None)
             await self._keep(run, number, data)
 
     async def _keep(self, run: _Run, number: int, data: bytes) -> None:

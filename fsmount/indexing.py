@@ -4,6 +4,7 @@ import json
 import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from fsmount.archive.entry import Entry, EntryType
@@ -241,10 +242,9 @@ class IndexBuilder:
             "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)",
             ((number, *chunk) for number, chunk in enumerate(chunks)),
         )
-        self._connection.executemany(
-            "INSERT INTO spans VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            ((chunk, *_span_row(span)) for chunk, span in spans),
-        )
+        rows = ((number, chunk, *_span_row(span)) for number, (chunk, span) in enumerate(spans))
+        while some := list(islice(rows, _PENDING)):
+            database.insert(self._connection, "spans", some)
         self._connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
         execute("COMMIT")
 

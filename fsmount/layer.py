@@ -68,7 +68,7 @@ class Layer(Supply):
         if opened is None or start + size > opened.start + opened.size:
             return None
         if opened.number != self._last:
-            self._come_to(opened.number)
+            self._come_to(opened, start)
         data = os.pread(opened.descriptor, size, start - opened.start)
         return data if len(data) == size else None
 
@@ -115,7 +115,7 @@ class Layer(Supply):
                 opened = await self.open(offset)
                 self._check_number(number)
             if opened.number != self._last:
-                self._come_to(opened.number)
+                self._come_to(opened, offset)
             if offset == opened.start:
                 self._read_ahead(opened)
             take = min(size, opened.start + opened.size - offset)
@@ -135,11 +135,11 @@ class Layer(Supply):
         if number != self.number:
             self._layers.numbered(number)
 
-    def _come_to(self, number: int) -> None:
-        self._last = number
+    def _come_to(self, opened: Opened, offset: int) -> None:
+        self._last = opened.number
         fetcher = self.fetcher
         if fetcher is not None:
-            fetcher.follow(number)
+            fetcher.follow(opened.number, goes_on=offset == opened.start)
 
     def _read_ahead(self, opened: Opened) -> None:
         """Has the disk bring a chunk that is read from its beginning, and the next one if that is open."""

@@ -282,13 +282,12 @@ async def _read_tail(source: Source, descriptor: Descriptor) -> bytes:
 
 
 async def _read_near(source: Source, descriptor: Descriptor, start: int, stop: int, tail: bytes) -> bytes:
-    """As `_read`, for what may be in the blob's end already."""
+    """As `_read`, for what may be in the blob's end already, or partly so."""
     before = descriptor.size - len(tail)
-    return (
-        tail[start - before : stop - before]
-        if start >= before
-        else await _read(source, descriptor, start, stop)
-    )
+    if stop <= before:
+        return await _read(source, descriptor, start, stop)
+    head = await _read(source, descriptor, start, before) if start < before else b""
+    return head + tail[max(start - before, 0) : stop - before]
 
 
 async def _verified(source: Source, descriptor: Descriptor) -> bytes:

@@ -11,8 +11,9 @@ _LEAST = 16 * 1024
 _MOST = 4 * 1024 * 1024
 #: Bytes that could come in the time that a request takes to be answered: 20 ms at 100 Mbit/s.
 _REQUEST = 256 * 1024
-#: So much may be lost before it is known whether walking pays.
+#: So much may be lost before it is known whether walking pays, and by what factor it has to.
 _STAKE = 8 * 1024 * 1024
+_GAIN = 3
 
 
 async def walk_tar(read: Callable[[int, int], Awaitable[bytes]], size: int) -> list[Entry] | None:
@@ -35,7 +36,7 @@ async def walk_tar(read: Callable[[int, int], Awaitable[bytes]], size: int) -> l
         offset = max(stop, scanner.wanted)
         scanner.skip(min(offset, size))
         block = _LEAST if offset > stop else min(2 * block, _MOST)
-        if cost > max(_STAKE, size // 16) and 2 * cost > offset:
+        if cost > _STAKE and _GAIN * cost > offset:
             return None
     scanner.finish()
     return entries
