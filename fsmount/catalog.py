@@ -47,6 +47,7 @@ class App:
     refresh_seconds: float
     indexes: Indexes = Indexes.ANY
     complete: Complete = Complete.IDLE
+    publish_indexes: bool = False
 
     @property
     def origin(self) -> str:

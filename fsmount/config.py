@@ -221,6 +221,8 @@ class Defaults(_Table):
     indexes: Annotated[Indexes, PlainValidator(_indexes)] = Indexes.ANY
     #: When the rest of a layer is fetched that nobody has asked for.
     complete: Annotated[Complete, PlainValidator(_complete)] = Complete.IDLE
+    #: Whether a mount makes the SOCI indexes of what it shows, and pushes them.
+    publish_indexes: StrictBool = False
 
 
 class App(_Table):
@@ -235,6 +237,7 @@ class App(_Table):
     refresh_seconds: _Seconds = Field(default=60.0, alias="refresh")
     indexes: Annotated[Indexes, PlainValidator(_indexes)] = Indexes.ANY
     complete: Annotated[Complete, PlainValidator(_complete)] = Complete.IDLE
+    publish_indexes: StrictBool = False
 
     def shows(self, tag: str) -> bool:
         """Whether a tag is among those of this app."""

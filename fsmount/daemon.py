@@ -18,6 +18,7 @@ from fsmount.fuse.operations import Operations
 from fsmount.fuse.protocol import Opcode
 from fsmount.fuse.requests import Deadlines
 from fsmount.fuse.session import serve
+from fsmount.publisher import Publisher
 from fsmount.singleflight import single_error
 from fsmount.status import Observer, as_json
 from fsmount.warm import Warmer
@@ -40,15 +41,23 @@ async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) ->
         async with open_engine(config) as engine:
             completer = Completer(engine.layers.means.traffic, rate=config.network.background_rate)
             warmer = Warmer(engine.warm_sets, engine.layers)
+            publisher = Publisher(
+                engine.layers.means.traffic,
+                engine.layers.folder.path,
+                lambda app: engine.destination(app.name),
+                max_layer_size=config.cache.max_layer_size,
+            )
             engine.catalog.on_open += [
                 lambda app, content: completer.use(content.tree.layers, app.complete),
                 warmer.open,
+                publisher.use,
             ]
             operations = Operations(engine.catalog, engine.layers, engine.numbers)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.layers.chunks.trim)
                 nursery.start_soon(completer.run)
                 nursery.start_soon(warmer.run)
+                nursery.start_soon(publisher.run)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 reports = _reports(Observer(engine, mountpoint))
                 nursery.start_soon(_serve, operations, mountpoint, reports, ready, nursery)

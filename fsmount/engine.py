@@ -123,6 +123,7 @@ def _app(name: str, app: configuration.App, sources: Sources) -> App:
         refresh_seconds=app.refresh_seconds,
         indexes=app.indexes,
         complete=app.complete,
+        publish_indexes=app.publish_indexes,
     )
 
 
