@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import groupby
+from typing import NamedTuple
 
 import trio
 
@@ -115,6 +116,13 @@ class _Run:
             raise self.error.with_traceback(None)  # or every reader would make it longer
 
 
+class _Reader(NamedTuple):
+    """One that is expected at a chunk: the bytes of chunks it has come to by going on, and where its file ends."""
+
+    read: int
+    stop: int
+
+
 class Fetcher:
     """Fetches chunks by the spans that an index gives, and keeps them in the chunk store.
 
@@ -161,8 +169,8 @@ class Fetcher:
         self._touched_size = 0
         #: Chunks that were here when they were last looked at.
         self._seen: set[int] = set()
-        #: Where readers are expected next, and how many inflated bytes each has read in a row.
-        self._readers: OrderedDict[int, int] = OrderedDict()
+        #: Those who go on reading, by the chunk at which they are expected next.
+        self._readers: OrderedDict[int, _Reader] = OrderedDict()
 
     @property
     def busy(self) -> bool:
@@ -181,7 +189,8 @@ class Fetcher:
             raise error.with_traceback(None)
         run = self._coming.get(number)
         if run is None:
-            run = self._start([number, *self._neighbours(number, self._window(number))], urgent=True)
+            window = self._window(number, self._readers.get(number))
+            run = self._start([number, *self._neighbours(number, window)], urgent=True)
         elif not run.urgent:
             run.urgent = True
             self._traffic.wake()
@@ -189,11 +198,11 @@ class Fetcher:
         chunk = self.index.chunks[number]
         self.demanded += chunk.blob_stop - chunk.blob_start
 
-    def follow(self, number: int, *, goes_on: bool) -> None:
+    def follow(self, number: int, *, goes_on: bool, stop: int) -> None:
         """Takes note that a reader has come to a chunk; one that reads on and on finds what comes next already here.
 
-        goes_on: it came to its beginning, as one does that has read the chunk before. When readers have come to more
-        than half of the layer, the rest follows.
+        goes_on: it came to its beginning, as one does that has read the chunk before; who reads the same file does so
+        anyway. stop: where that file ends. When readers have come to more than half of the layer, the rest follows.
         """
         chunk = self.index.chunks[number]
         if number not in self._touched:
@@ -202,22 +211,37 @@ class Fetcher:
             if 2 * self._touched_size > self._descriptor.size and not self._completing and self.fits:
                 self._completing = True
                 self._nursery.start_soon(self._complete_quietly)
-        read = self._readers.pop(number, 0) if goes_on else 0
-        self._readers[number + 1] = read + chunk.size
+        elif number + 1 in self._readers:
+            return  # the kernel asks for several parts of a file at once, in any order
+        before = self._readers.pop(number, None)
+        goes_on = before is not None and (goes_on or before.stop == stop)
+        reader = _Reader(before.read + chunk.size if before is not None and goes_on else 0, stop)
+        self._readers[number + 1] = reader
         if len(self._readers) > _READERS:
             self._readers.popitem(last=False)
-        window = self._window(number)
+        window = self._window(number, reader)
         if window:
-            stop = self.index.chunk_at(chunk.start + chunk.size + window)
-            ahead = range(number + 1, stop)
+            end = self.index.chunk_at(chunk.start + chunk.size + window)
+            ahead = range(number + 1, end)
             missing = [one for one in ahead if one not in self._coming and one not in self._seen]
             # A request for every single chunk would wait for every single answer.
             if len(missing) * 2 > len(ahead):
                 self._start(missing, urgent=False)
 
-    def _window(self, number: int) -> int:
-        """How many inflated bytes are worth fetching beyond a chunk: half of what its reader has read in a row."""
-        return min(self._readers.get(number + 1, 0) // 2, _AHEAD)
+    def _window(self, number: int, reader: _Reader | None) -> int:
+        """How many inflated bytes are worth fetching beyond a chunk that a reader has come to, or is about to.
+
+        As many as it has read in a row, as far as its file goes; beyond that, a third of them.
+        """
+        if reader is None:
+            return 0
+        chunk = self.index.chunks[number]
+        in_file = min(reader.read, reader.stop - chunk.start - chunk.size)
+        if 0 < in_file < reader.read:
+            # Up to the end of the chunk in which the file ends.
+            last = self.index.chunks[self.index.chunk_at(reader.stop - 1)]
+            in_file = last.start + last.size - chunk.start - chunk.size
+        return min(max(in_file, reader.read // 3), _AHEAD)
 
     def _neighbours(self, number: int, size: int) -> list[int]:
         """The chunks after one that are not on their way, have so many inflated bytes, and can come with it."""

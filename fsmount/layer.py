@@ -68,7 +68,7 @@ class Layer(Supply):
         if opened is None or start + size > opened.start + opened.size:
             return None
         if opened.number != self._last:
-            self._come_to(opened, start)
+            self._come_to(opened, start, extents[0].offset + logical_size)
         data = os.pread(opened.descriptor, size, start - opened.start)
         return data if len(data) == size else None
 
@@ -94,19 +94,25 @@ class Layer(Supply):
         if stop <= offset:
             return b""
         if len(extents) == 1 and extents[0].size == logical_size:  # all but sparse files
-            return await self.read_stream(extents[0].offset + offset, stop - offset)
+            begin = extents[0].offset
+            return await self.read_stream(begin + offset, stop - offset, stop=begin + logical_size)
         result = bytearray(stop - offset)
         for extent in extents:
             start = max(extent.file_offset, offset)
             end = min(extent.file_offset + extent.size, stop)
             if start < end:
-                data = await self.read_stream(extent.offset + start - extent.file_offset, end - start)
+                begin = extent.offset - extent.file_offset
+                extent_stop = extent.offset + extent.size
+                data = await self.read_stream(begin + start, end - start, stop=extent_stop)
                 self._check_number(number)
                 result[start - offset : end - offset] = data
         return bytes(result)
 
-    async def read_stream(self, offset: int, size: int) -> bytes:
-        """size bytes of the inflated layer from offset; all of them. As `read`."""
+    async def read_stream(self, offset: int, size: int, *, stop: int = 0) -> bytes:
+        """size bytes of the inflated layer from offset; all of them. stop: where the file ends, if it is known.
+
+        As `read`.
+        """
         number = self.number
         pieces: list[bytes] = []
         while size > 0:
@@ -115,7 +121,7 @@ class Layer(Supply):
                 opened = await self.open(offset)
                 self._check_number(number)
             if opened.number != self._last:
-                self._come_to(opened, offset)
+                self._come_to(opened, offset, stop)
             if offset == opened.start:
                 self._read_ahead(opened)
             take = min(size, opened.start + opened.size - offset)
@@ -135,11 +141,11 @@ class Layer(Supply):
         if number != self.number:
             self._layers.numbered(number)
 
-    def _come_to(self, opened: Opened, offset: int) -> None:
+    def _come_to(self, opened: Opened, offset: int, stop: int) -> None:
         self._last = opened.number
         fetcher = self.fetcher
         if fetcher is not None:
-            fetcher.follow(opened.number, goes_on=offset == opened.start)
+            fetcher.follow(opened.number, goes_on=offset == opened.start, stop=stop)
 
     def _read_ahead(self, opened: Opened) -> None:
         """Has the disk bring a chunk that is read from its beginning, and the next one if that is open."""
