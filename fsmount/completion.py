@@ -64,6 +64,8 @@ class Completer:
                 log.info("layer %s is complete", digest)
                 return
             log.info("layer %s is not completed: the cache has no room for it", digest)
-        except* FsmountError as group:
-            log.info("layer %s is not completed: %s", digest, group.exceptions[0])
+        except FsmountError as error:
+            log.info("layer %s is not completed: %s", digest, error.message)
+        except Exception:
+            log.exception("layer %s: completing it failed in a way nobody foresaw", digest)
         self._paused_until[layer] = trio.current_time() + _PAUSE_SECONDS

@@ -19,7 +19,7 @@ from fsmount.fuse.protocol import Opcode
 from fsmount.fuse.requests import Deadlines
 from fsmount.fuse.session import serve
 from fsmount.publisher import Publisher
-from fsmount.singleflight import single_error
+from fsmount.singleflight import in_background, single_error
 from fsmount.status import Observer, as_json
 from fsmount.warm import Warmer
 
@@ -55,9 +55,9 @@ async def run(config: Config, mountpoint: Path, *, ready: Callable[[], None]) ->
             operations = Operations(engine.catalog, engine.layers, engine.numbers)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.layers.chunks.trim)
-                nursery.start_soon(completer.run)
-                nursery.start_soon(warmer.run)
-                nursery.start_soon(publisher.run)
+                nursery.start_soon(in_background, "completing layers", completer.run)
+                nursery.start_soon(in_background, "recording what is read", warmer.run)
+                nursery.start_soon(in_background, "publishing indexes", publisher.run)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 reports = _reports(Observer(engine, mountpoint))
                 nursery.start_soon(_serve, operations, mountpoint, reports, ready, nursery)

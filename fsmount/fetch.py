@@ -20,7 +20,7 @@ from fsmount.lazy import RANGES_IGNORED
 from fsmount.oci.manifest import Descriptor
 from fsmount.passes import Meter, Passes
 from fsmount.registry.source import Bytes, Source
-from fsmount.singleflight import single_error
+from fsmount.singleflight import in_background, single_error
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,9 @@ class Fetcher:
             self._touched_size += chunk.blob_stop - chunk.blob_start
             if 2 * self._touched_size > self._descriptor.size and not self._completing and self.fits:
                 self._completing = True
-                self._nursery.start_soon(self._complete_quietly)
+                # Nobody waits for the rest.
+                what = f"layer {self._descriptor.digest} is not completed"
+                self._nursery.start_soon(in_background, what, self.complete)
         elif number + 1 in self._readers:
             return  # the kernel asks for several parts of a file at once, in any order
         before = self._readers.pop(number, None)
@@ -304,9 +306,10 @@ class Fetcher:
             keys = [self.chunk_key(number) for number in range(len(self.index.chunks))]
             stored = await self._passes.in_thread(self._passes.chunks.stored, keys)
             runs = iter(self._strides([number for number, is_here in enumerate(stored) if not is_here]))
-            async with trio.open_nursery() as nursery:
-                for _ in range(_PARALLEL if rate is None else 1):
-                    nursery.start_soon(self._complete_strides, runs, rate)
+            with single_error(FsmountError):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(_PARALLEL if rate is None else 1):
+                        nursery.start_soon(self._complete_strides, runs, rate)
         finally:
             self._completing = False
 
@@ -315,13 +318,6 @@ class Fetcher:
             missing = [number for number in numbers if number not in self._coming]
             if missing:
                 await self._start(missing, urgent=False, rate=rate).wait_done()
-
-    async def _complete_quietly(self) -> None:
-        """The rest of a layer of which more than half was asked for; nobody waits for it."""
-        try:
-            await self.complete()
-        except* FsmountError as group:
-            log.info("completing layer %s: %s", self._descriptor.digest, group.exceptions[0])
 
     def _strides(self, numbers: Iterable[int]) -> Iterable[list[int]]:
         """Chunks joined to what one request may bring."""

@@ -279,8 +279,12 @@ class ChunkStore:
         return bytes.fromhex(tag) if value is not None and isinstance(tag, str) else None
 
     def stored(self, keys: Sequence[str]) -> list[bool]:
-        """Which of these chunks are on disk. Blocks on the disk, briefly."""
-        return [key in self._cache for key in keys]
+        """Which of these chunks are on disk, as far as can be told. Blocks on the disk, briefly."""
+        try:
+            return [key in self._cache for key in keys]
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            log.warning("the chunk store cannot be asked what it has: %s", error)
+            return [False] * len(keys)
 
 
 _Stamp: TypeAlias = tuple[int, int, int, int]
