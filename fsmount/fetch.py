@@ -57,12 +57,13 @@ class Traffic:
         """Waits until a run may ask its source; what somebody waits for need not."""
         while not run.urgent and (self._waited_for[source] or self._in_background[source] >= _PARALLEL):
             await self._lot.park()
-        active = self._waited_for if run.urgent else self._in_background
-        active[source] += 1
+        run.place = source, self._waited_for if run.urgent else self._in_background
+        run.place[1][source] += 1
         try:
             yield
         finally:
-            active[source] -= 1
+            run.place[1][source] -= 1
+            run.place = None
             if run.urgent:
                 self._quiet_since[source] = trio.current_time()
             self.wake()
@@ -72,6 +73,18 @@ class Traffic:
         if self._waited_for[source]:
             return 0.0
         return trio.current_time() - self._quiet_since.get(source, -math.inf)
+
+    def promote(self, run: "_Run") -> None:
+        """Says that somebody waits for a run by now."""
+        if run.urgent:
+            return
+        run.urgent = True
+        if run.place is not None:
+            source, active = run.place
+            active[source] -= 1
+            run.place = source, self._waited_for
+            self._waited_for[source] += 1
+        self.wake()
 
     def wake(self) -> None:
         """Says that something has changed for those who wait."""
@@ -91,6 +104,10 @@ class _Run:
         self.left = set(self.numbers)
         self.done = False
         self.error: FsmountError | None = None
+        #: The chunk that was not what it should be.
+        self.failing: int | None = None
+        #: Where it counts while it asks its source: see Traffic.
+        self.place: tuple[str, Counter[str]] | None = None
         self._lot = trio.lowlevel.ParkingLot()
 
     def step(self) -> None:
@@ -158,11 +175,12 @@ class Fetcher:
         self._passes = passes
         self._traffic = traffic
         self._nursery = nursery
+        #: Whether the layer has another index by now: then nothing is stored any more.
+        self.is_retired = False
         self._coming: dict[int, _Run] = {}
+        self._bringing = 0
         self._whole: _Run | None = None
         self._refused: dict[int, tuple[float, Corrupt]] = {}
-        #: Compressed bytes that readers had to wait for.
-        self.demanded = 0
         self._completing = False
         #: Chunks that readers have come to, and their compressed bytes.
         self._touched: set[int] = set()
@@ -175,7 +193,7 @@ class Fetcher:
     @property
     def busy(self) -> bool:
         """Whether anything is on its way."""
-        return bool(self._coming) or self._completing
+        return bool(self._coming) or self._completing or self._bringing > 0
 
     # What readers ask for
 
@@ -184,19 +202,16 @@ class Fetcher:
 
         Raises: Corrupt, RangesIgnored, and what the source raises.
         """
-        until, error = self._refused.get(number, (0.0, None))
-        if error is not None and trio.current_time() < until:
-            raise error.with_traceback(None)
         run = self._coming.get(number)
         if run is None:
+            until, error = self._refused.get(number, (0.0, None))
+            if error is not None and trio.current_time() < until:
+                raise error.with_traceback(None)
             window = self._window(number, self._readers.get(number))
             run = self._start([number, *self._neighbours(number, window)], urgent=True)
-        elif not run.urgent:
-            run.urgent = True
-            self._traffic.wake()
+        else:
+            self._traffic.promote(run)
         await run.wait(number)
-        chunk = self.index.chunks[number]
-        self.demanded += chunk.blob_stop - chunk.blob_start
 
     def follow(self, number: int, *, goes_on: bool, stop: int) -> None:
         """Takes note that a reader has come to a chunk; one that reads on and on finds what comes next already here.
@@ -272,17 +287,20 @@ class Fetcher:
         Raises: as `bring`. Cancellation: what has begun goes on.
         """
         strides = iter(self._strides(numbers))
-        with single_error(FsmountError):
-            async with trio.open_nursery() as nursery:
-                for _ in range(_PARALLEL_WAITED_FOR):
-                    nursery.start_soon(self._bring_strides, strides)
+        self._bringing += 1
+        try:
+            with single_error(FsmountError):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(_PARALLEL_WAITED_FOR):
+                        nursery.start_soon(self._bring_strides, strides)
+        finally:
+            self._bringing -= 1
 
     async def _bring_strides(self, strides: Iterable[list[int]]) -> None:
         for numbers in strides:
             runs = {self._coming[number] for number in numbers if number in self._coming}
             for run in runs:
-                run.urgent = True
-            self._traffic.wake()
+                self._traffic.promote(run)
             missing = [number for number in numbers if number not in self._coming]
             if missing:
                 runs.add(self._start(missing, urgent=True))
@@ -316,7 +334,7 @@ class Fetcher:
     async def _complete_strides(self, runs: Iterable[list[int]], rate: float | None) -> None:
         for numbers in runs:
             missing = [number for number in numbers if number not in self._coming]
-            if missing:
+            if missing and not self.is_retired:
                 await self._start(missing, urgent=False, rate=rate).wait_done()
 
     def _strides(self, numbers: Iterable[int]) -> Iterable[list[int]]:
@@ -352,9 +370,12 @@ class Fetcher:
                 while run.left:
                     try:
                         await self._fetch(run, source)
-                    except Corrupt:
+                    except Corrupt as error:
                         # If a mirror sent it, the next one may do better.
                         if not source.distrust(self._descriptor):
+                            if run.failing is not None:
+                                until = trio.current_time() + _REFUSED_SECONDS
+                                self._refused[run.failing] = until, error
                             if self.index.trust is Trust.HINT:
                                 self._meter.note_whole("a part of it was not what its index says")
                             raise
@@ -401,14 +422,16 @@ class Fetcher:
             self._warn_ignored(source)
             if self.index.trust is Trust.HINT:
                 raise RangesIgnored(f"{source.name} sends whole blobs where parts are asked for")
-            if self._whole is None:
+            whole = self._whole
+            if whole is None or whole is run:
                 self._whole = run
                 everything = sorted(range(len(chunks)), key=lambda number: chunks[number].blob_start)
+                run.numbers = everything
                 # Other runs find it out with their own answers, and then wait for this one.
                 run.left = {number for number in everything if self._coming.setdefault(number, run) is run}
                 await self._take(run, pieces, everything)
                 return
-        await self._whole.wait_done()
+        await whole.wait_done()
 
     def _warn_ignored(self, source: Source) -> None:
         if not self.ignored:
@@ -454,18 +477,18 @@ class Fetcher:
             sha256 = hashlib.sha256(inflated).digest()
             if len(inflated) != chunk.size or chunk.sha256 not in (None, sha256):
                 raise Corrupt("it is not the chunk that was verified before")
-            return inflated, sha256, self._passes.put(key, inflated, sha256)
+            stored = not self.is_retired and self._passes.put(key, inflated, sha256)
+            return inflated, sha256, stored
 
         try:
             inflated, sha256, stored = await self._passes.in_thread(decode_and_store)
         except Corrupt as error:
-            failure = Corrupt(f"layer {self._descriptor.digest}, chunk {number}: {error.message}")
-            self._refused[number] = trio.current_time() + _REFUSED_SECONDS, failure
-            raise failure from None
+            run.failing = number
+            raise Corrupt(f"layer {self._descriptor.digest}, chunk {number}: {error.message}") from None
         if self.index.trust is Trust.HINT and self._shown.setdefault(number, sha256) != sha256:
             raise Corrupt(f"layer {self._descriptor.digest}, chunk {number}: it was another one before")
         for one in {run, self._coming.get(number, run)}:
-            wanted = number in one.wanted
+            wanted = number in one.wanted and not self.is_retired
             # A cache of less than a few chunks may have evicted it as soon as it was stored.
             if wanted and not (stored and await self._passes.chunks.open(key, sha256) is not None):
                 self._passes.chunks.hold(key, inflated)
@@ -473,6 +496,7 @@ class Fetcher:
 
     def _deliver(self, run: _Run, number: int) -> None:
         self._forget(run, number)
+        self._refused.pop(number, None)
         self._seen.add(number)
         run.left.discard(number)
         run.step()

@@ -148,6 +148,11 @@ class LayerIndex:
         return Kind(str(self.facts["kind"]))
 
     @property
+    def numbering(self) -> str:
+        """The same for two indexes of the layer only if every member has the same number in both."""
+        return str(self.facts.get("numbering") or "")
+
+    @property
     def reason(self) -> str:
         """Why the layer was streamed when it was first asked for; empty if it was not."""
         return str(self.facts.get("reason") or "")
@@ -275,6 +280,10 @@ class LayerIndex:
         if row is None:
             return None
         return row[0], unpack_content(*row)
+
+    def rows(self, table: str, order: str) -> Iterator[tuple[Any, ...]]:
+        """All of one of its tables, for comparing."""
+        return self._connection.execute(f"SELECT * FROM {table} ORDER BY {order}")
 
     def packed_xattrs(self, number: int) -> str | None:
         """A member's extended attributes, for `unpack_xattrs`."""

@@ -143,6 +143,7 @@ class Layer(Supply):
 
     def _come_to(self, opened: Opened, offset: int, stop: int) -> None:
         self._last = opened.number
+        self.was_read = True
         fetcher = self.fetcher
         if fetcher is not None:
             fetcher.follow(opened.number, goes_on=offset == opened.start, stop=stop)

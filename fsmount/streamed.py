@@ -4,9 +4,11 @@ import logging
 import os
 import sqlite3
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import trio
@@ -87,6 +89,9 @@ class Streamed:
         self._reason = ""
         self._on_void = on_void
         self._is_void = False  # since the present pass began
+        #: How often what was shown of the layer turned out void, and why it did last.
+        self._voids = 0
+        self._void: Corrupt | None = None
 
     # The index
 
@@ -222,7 +227,8 @@ class Streamed:
     async def _run(self, running: Pass) -> None:
         """One pass; its outcome goes to whoever waits for it, and only Cancelled leaves here."""
         try:
-            if running.known is None and await self._find():
+            # What a pass that broke off has shown is compared with the next one: that must cut alike.
+            if running.known is None and not self._shown and await self._find():
                 running.skipped = True
                 return
             async with self._means.passes.place(self.source):
@@ -260,6 +266,8 @@ class Streamed:
             "kind": str(kind),
             "trust": str(trust),
             "space": space,
+            # Of the numbers that members have: a tree holds for indexes that have them from one source.
+            "numbering": uuid.uuid4().hex,
         }
 
     def _publish(self, path: Path) -> LayerIndex:
@@ -346,6 +354,7 @@ class Streamed:
         facts |= {"diff_id": str(diff_id), "compression": str(inflate.compression)}
         if hint is not None:
             facts["kind"] = str(hint.kind)
+            facts["numbering"] = hint.numbering
         else:
             facts["reason"] = self._reason
         chunks, codec, spans = _spans(running, inflate, self.spec.descriptor.size)
@@ -409,7 +418,9 @@ class Streamed:
 
     def _make_void(self, error: Corrupt) -> None:
         self._is_void = True
-        self._hinted = {}
+        self._hinted.clear()  # what is on its way still fills this one
+        self._void = error
+        self._voids += 1
         self._on_void(error, self.complete)
 
 
@@ -441,13 +452,18 @@ def _spans(
 
 
 def _same_members(path: Path, hint: LayerIndex) -> bool:
-    """Whether a finished index has the members, names and whiteouts of another one."""
-    assert hint.file is not None
+    """Whether a finished index has the members, names and whiteouts of the hint that was read."""
+    orders = {
+        "members": "number",
+        "directories": "number",
+        "names": "parent, name",
+        "whiteouts": "parent, name",
+    }
     with closing(sqlite3.connect(database.uri(path), uri=True)) as connection:
-        connection.execute("ATTACH DATABASE ? AS hint", (database.uri(hint.file),))
-        for table in ("members", "directories", "names", "whiteouts"):
-            for one, other in (("main", "hint"), ("hint", "main")):
-                query = f"SELECT EXISTS (SELECT * FROM {one}.{table} EXCEPT SELECT * FROM {other}.{table})"
-                if connection.execute(query).fetchone()[0]:
-                    return False
-    return True
+        return all(
+            row == other
+            for table, order in orders.items()
+            for row, other in zip_longest(
+                connection.execute(f"SELECT * FROM {table} ORDER BY {order}"), hint.rows(table, order)
+            )
+        )

@@ -45,6 +45,8 @@ class Supply(Streamed):
     ) -> None:
         super().__init__(spec, source, means, on_void)
         self._fetcher: Fetcher | None = None
+        #: Whether somebody has read of the layer in this process.
+        self.was_read = False
 
     # Chunks
 
@@ -81,8 +83,11 @@ class Supply(Streamed):
 
     async def open_chunk(self, number: int) -> int:
         """A descriptor of a chunk of the complete layer. Ownership: the store's; use it before awaiting."""
+        voids = self._voids
         while True:
             index = self.index
+            if self._voids != voids and self._void is not None:
+                raise self._void.with_traceback(None)
             assert index is not None and index.complete
             key, chunk = self.chunk_key(number), index.chunks[number]
             chunks = self._means.chunks
@@ -141,10 +146,12 @@ class Supply(Streamed):
             return None
         if self._fetcher is None:
             means = self._means
+            prefix = f"{self.spec.key}{index.space}"
             self._fetcher = Fetcher(
                 self.spec.descriptor,
                 index,
-                self.chunk_key,
+                # Not chunk_key: what the fetcher still has on its way when the index changes is cut by this one.
+                lambda number: f"{prefix}/{number}",
                 lambda: self.source,
                 means.passes,
                 means.traffic,
@@ -169,11 +176,6 @@ class Supply(Streamed):
     def open_index(self) -> LayerIndex | None:
         """As `index`, but one that lies on the disk is not opened for that."""
         return self._index
-
-    @property
-    def was_read(self) -> bool:
-        """Whether somebody had to wait for a part of the layer in this process."""
-        return self._fetcher is not None and self._fetcher.demanded > 0
 
     async def has_room(self) -> bool:
         """Whether what is missing of the layer fits into the cache without evicting anything. Raises: as `fill`."""
@@ -235,11 +237,17 @@ class Supply(Streamed):
             facts = self._facts(found.kind, found.trust, found.space)
             facts["compression"] = str(_COMPRESSIONS[found.table.codec])
             write_index(path, found.table, facts)
+            # Another process may have been quicker, and have more than a hint.
+            known = self.load_index()
+            if known is not None and known.trust is not Trust.HINT:
+                return known
             return self._publish(path)
 
     def _set_index(self, index: LayerIndex | None) -> None:
         super()._set_index(index)
-        self._fetcher = None
+        if self._fetcher is not None:
+            self._fetcher.is_retired = True
+            self._fetcher = None
 
     def _blob(self, hint: LayerIndex) -> BlobSource:
         fetcher = self._fetcher
@@ -250,7 +258,7 @@ class Supply(Streamed):
 
     def close_index(self) -> None:
         """Frees what a complete index holds open, unless something is on its way; it opens by itself when asked."""
-        if self._fetcher is None or not self._fetcher.busy:
+        if not self.busy:
             super().close_index()
             self._fetcher = None
 

@@ -21,12 +21,13 @@ from fsmount.singleflight import in_background, single_error
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 _SCHEMA = """
 CREATE TABLE nodes (id INTEGER PRIMARY KEY, parent INTEGER, name BLOB, layer INTEGER, member INTEGER, type INTEGER,
     mode INTEGER, uid INTEGER, gid INTEGER, size INTEGER, mtime_ns INTEGER, major INTEGER, minor INTEGER,
     nlink INTEGER, link BLOB, xattrs TEXT);
 CREATE TABLE directories (key INTEGER PRIMARY KEY, node INTEGER, first INTEGER, stop INTEGER);
+CREATE TABLE layers (position INTEGER PRIMARY KEY, numbering TEXT);
 """
 _COLUMNS = "name, layer, member, type, mode, uid, gid, size, mtime_ns, major, minor, nlink, link"
 _TYPES = tuple(EntryType)
@@ -67,6 +68,10 @@ class StoredTree:
 
     def close(self) -> None:
         self._connection.close()
+
+    def numberings(self) -> list[str]:
+        """Of the indexes that it was merged from: LayerIndex.numbering."""
+        return [row[0] for row in self._connection.execute("SELECT numbering FROM layers ORDER BY position")]
 
     def lookup(self, directory: int, name: bytes) -> Node | None:
         query = f"SELECT {_COLUMNS} FROM nodes WHERE parent = ? AND name = ?"
@@ -226,6 +231,9 @@ class _Writer:
         self._stands_alone = [index.stands_alone() for index in indexes]
 
     def write(self) -> None:
+        self._connection.executemany(
+            "INSERT INTO layers VALUES (?, ?)", enumerate(index.numbering for index in self._indexes)
+        )
         whole = self._merge()
         self._connection.execute("CREATE UNIQUE INDEX by_name ON nodes (parent, name)")
         self._connection.execute("COMMIT")
@@ -358,8 +366,20 @@ class Tree:
             self._forget()
         if self._stored is None and not self._looked:
             self._looked = True
-            self._stored = _load(self._path)
+            self._stored = self._load()
         return self._stored
+
+    def _load(self) -> StoredTree | None:
+        """The tree on disk, if it was merged from the indexes that the layers have now."""
+        stored = _load(self._path)
+        if stored is None:
+            return None
+        indexes = [layer.index for layer in self.layers]
+        for index, numbering in zip(indexes, stored.numberings(), strict=True):
+            if index is not None and index.complete and index.numbering != numbering:
+                stored.close()
+                return None
+        return stored
 
     def _forget(self) -> None:
         if self._stored is not None:

@@ -128,6 +128,8 @@ class Warmer:
                 await trio.to_thread.run_sync(self._save, recording, whole)
             except FsmountError as error:
                 log.warning("what is read of %s is not recorded: %s", recording.app.name, error.message)
+            except Exception:
+                log.exception("recording what is read of %s failed", recording.app.name)
         # Not before: if this is cancelled, what it has seen is saved after all.
         self._recordings.remove(recording)
 

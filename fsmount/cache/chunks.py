@@ -123,8 +123,8 @@ class ChunkStore:
             self._cache = self._connect()
         self._limiter = trio.CapacityLimiter(STORE_THREADS)
         self._hot: OrderedDict[str, int] = OrderedDict()
-        #: Of each chunk, the file that was found to be right, as it was then.
-        self._verified: dict[str, _Stamp] = {}
+        #: Of each chunk, the file that was found to have a digest, as it was then.
+        self._verified: dict[str, tuple[_Stamp, str]] = {}
         self._dropped: dict[str, int] = {}
 
     def _connect(self) -> Any:
@@ -180,13 +180,14 @@ class ChunkStore:
         with value:
             descriptor = os.dup(value.fileno())
         stamp = _stamp(descriptor)
-        if self._verified.get(key) != stamp:
-            if _digest(descriptor).hex() != (tag if sha256 is None else sha256.hex()):
+        expected = tag if sha256 is None else sha256.hex()
+        if self._verified.get(key) != (stamp, expected):
+            if _digest(descriptor).hex() != expected:
                 os.close(descriptor)
                 log.warning("chunk %s is damaged on disk: dropped", key)
                 self._delete_file(key, stamp)
                 return None
-            self._verified[key] = stamp
+            self._verified[key] = stamp, expected
         return descriptor
 
     def _keep_open(self, key: str, descriptor: int) -> int:
@@ -227,7 +228,7 @@ class ChunkStore:
                 OSError(errno.ENOSPC, str(error)) if "full" in str(error) else OSError(errno.EIO, str(error))
             )
             raise from_os_error(full, self._folder) from error
-        self._verified[key] = last.stamp
+        self._verified[key] = last.stamp, sha256.hex()
 
     def hold(self, key: str, data: bytes | memoryview) -> None:
         """Makes a chunk hot that could not be stored: it lives in memory until it falls out of the recent ones."""
