@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import trio
 
 from fsmount.errors import FsmountError
-from fsmount.fetch import Traffic
 from fsmount.layer import Layer
 from fsmount.policy import Complete
+from fsmount.traffic import Traffic
 
 log = logging.getLogger(__name__)
 

@@ -2,9 +2,8 @@
 
 import hashlib
 import logging
-import math
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import groupby
@@ -21,14 +20,14 @@ from fsmount.oci.manifest import Descriptor
 from fsmount.passes import Meter, Passes
 from fsmount.registry.source import Bytes, Source
 from fsmount.singleflight import in_background, single_error
+from fsmount.traffic import PARALLEL, Run, Traffic
 
 log = logging.getLogger(__name__)
 
 #: Inflated bytes that are fetched ahead of a sequential reader, at most.
 _AHEAD = 16 * 1024 * 1024
-#: Compressed bytes that completing a layer asks for at once, and how many such requests there are side by side.
+#: Compressed bytes that completing a layer asks for at once.
 _STRIDE = 16 * 1024 * 1024
-_PARALLEL = 4
 #: Such requests side by side for one who waits for many chunks of a layer.
 _PARALLEL_WAITED_FOR = 8
 #: Compressed bytes between two wanted chunks that are fetched, and dropped, rather than asked around.
@@ -41,96 +40,6 @@ _REFUSED_SECONDS = 10
 
 class RangesIgnored(FsmountError):
     """The server sends the whole blob for any part of it, and nothing vouches for the parts."""
-
-
-class Traffic:
-    """Who may fetch now: what readers wait for goes before what is fetched in the background."""
-
-    def __init__(self) -> None:
-        self._waited_for: Counter[str] = Counter()
-        self._in_background: Counter[str] = Counter()
-        self._quiet_since: dict[str, float] = {}
-        self._lot = trio.lowlevel.ParkingLot()
-
-    @asynccontextmanager
-    async def turn(self, source: str, run: "_Run") -> AsyncIterator[None]:
-        """Waits until a run may ask its source; what somebody waits for need not."""
-        while not run.urgent and (self._waited_for[source] or self._in_background[source] >= _PARALLEL):
-            await self._lot.park()
-        run.place = source, self._waited_for if run.urgent else self._in_background
-        run.place[1][source] += 1
-        try:
-            yield
-        finally:
-            run.place[1][source] -= 1
-            run.place = None
-            if run.urgent:
-                self._quiet_since[source] = trio.current_time()
-            self.wake()
-
-    def quiet_seconds(self, source: str) -> float:
-        """For how long nobody has waited for anything from a source."""
-        if self._waited_for[source]:
-            return 0.0
-        return trio.current_time() - self._quiet_since.get(source, -math.inf)
-
-    def promote(self, run: "_Run") -> None:
-        """Says that somebody waits for a run by now."""
-        if run.urgent:
-            return
-        run.urgent = True
-        if run.place is not None:
-            source, active = run.place
-            active[source] -= 1
-            run.place = source, self._waited_for
-            self._waited_for[source] += 1
-        self.wake()
-
-    def wake(self) -> None:
-        """Says that something has changed for those who wait."""
-        self._lot.unpark_all()
-
-
-class _Run:
-    """Neighbouring chunks that come with one request."""
-
-    def __init__(self, numbers: Sequence[int], *, urgent: bool, rate: float | None = None) -> None:
-        """rate: bytes a second while nobody waits for any of it."""
-        self.numbers = list(numbers)
-        self.urgent = urgent
-        self.rate = rate
-        #: Chunks somebody waits for, which must be readable even if the disk is full.
-        self.wanted: set[int] = set()
-        self.left = set(self.numbers)
-        self.done = False
-        self.error: FsmountError | None = None
-        #: The chunk that was not what it should be.
-        self.failing: int | None = None
-        #: Where it counts while it asks its source: see Traffic.
-        self.place: tuple[str, Counter[str]] | None = None
-        self._lot = trio.lowlevel.ParkingLot()
-
-    def step(self) -> None:
-        """Wakes everyone who waits: something more is here."""
-        self._lot.unpark_all()
-
-    async def wait(self, number: int) -> None:
-        """Returns when the chunk can be read. Raises: what ended the run."""
-        self.wanted.add(number)
-        while number in self.left and not self.done:
-            await self._lot.park()
-        if number in self.left:
-            self._raise()
-
-    async def wait_done(self) -> None:
-        """Returns at the end of the run. Raises: what ended it."""
-        while not self.done:
-            await self._lot.park()
-        self._raise()
-
-    def _raise(self) -> None:
-        if self.error is not None:
-            raise self.error.with_traceback(None)  # or every reader would make it longer
 
 
 class _Reader(NamedTuple):
@@ -177,9 +86,9 @@ class Fetcher:
         self._nursery = nursery
         #: Whether the layer has another index by now: then nothing is stored any more.
         self.is_retired = False
-        self._coming: dict[int, _Run] = {}
+        self._coming: dict[int, Run] = {}
         self._bringing = 0
-        self._whole: _Run | None = None
+        self._whole: Run | None = None
         self._refused: dict[int, tuple[float, Corrupt]] = {}
         self._completing = False
         #: Chunks that readers have come to, and their compressed bytes.
@@ -326,7 +235,7 @@ class Fetcher:
             runs = iter(self._strides([number for number, is_here in enumerate(stored) if not is_here]))
             with single_error(FsmountError):
                 async with trio.open_nursery() as nursery:
-                    for _ in range(_PARALLEL if rate is None else 1):
+                    for _ in range(PARALLEL if rate is None else 1):
                         nursery.start_soon(self._complete_strides, runs, rate)
         finally:
             self._completing = False
@@ -354,14 +263,14 @@ class Fetcher:
 
     # Fetching
 
-    def _start(self, numbers: list[int], *, urgent: bool, rate: float | None = None) -> _Run:
-        run = _Run(numbers, urgent=urgent, rate=rate)
+    def _start(self, numbers: list[int], *, urgent: bool, rate: float | None = None) -> Run:
+        run = Run(numbers, urgent=urgent, rate=rate)
         for number in numbers:
             self._coming[number] = run
         self._nursery.start_soon(self._fly, run)
         return run
 
-    async def _fly(self, run: _Run) -> None:
+    async def _fly(self, run: Run) -> None:
         """One run; its outcome goes to whoever waits for it, and only Cancelled leaves here."""
         source = self._source()
         try:
@@ -394,11 +303,11 @@ class Fetcher:
             run.done = True
             run.step()
 
-    def _forget(self, run: _Run, number: int) -> None:
+    def _forget(self, run: Run, number: int) -> None:
         if self._coming.get(number) is run:
             del self._coming[number]
 
-    async def _drop_stored(self, run: _Run) -> None:
+    async def _drop_stored(self, run: Run) -> None:
         """Takes out of a run what is fetched ahead, and is here already."""
         ahead = [number for number in run.numbers if number not in run.wanted]
         if not ahead:
@@ -410,7 +319,7 @@ class Fetcher:
                 self._deliver(run, number)
         run.numbers = [number for number in run.numbers if number in run.left]
 
-    async def _fetch(self, run: _Run, source: Source) -> None:
+    async def _fetch(self, run: Run, source: Source) -> None:
         """What is left of a run up to the first gap, with one request."""
         chunks = self.index.chunks
         numbers = next(iter(self._strides(number for number in run.numbers if number in run.left)))
@@ -443,7 +352,7 @@ class Fetcher:
                 self._descriptor.digest,
             )
 
-    async def _take(self, run: _Run, pieces: Bytes, numbers: Sequence[int]) -> None:
+    async def _take(self, run: Run, pieces: Bytes, numbers: Sequence[int]) -> None:
         """Cuts the chunks out of what comes, which is ascending."""
         buffer = bytearray()
         base = pieces.offset
@@ -467,7 +376,7 @@ class Fetcher:
                 await anext(pieces, None)
             await self._keep(run, number, data)
 
-    async def _keep(self, run: _Run, number: int, data: bytes) -> None:
+    async def _keep(self, run: Run, number: int, data: bytes) -> None:
         key = self.chunk_key(number)
         chunk = self.index.chunks[number]
         spans = self.index.spans(number)
@@ -494,7 +403,7 @@ class Fetcher:
                 self._passes.chunks.hold(key, inflated)
             self._deliver(one, number)
 
-    def _deliver(self, run: _Run, number: int) -> None:
+    def _deliver(self, run: Run, number: int) -> None:
         self._forget(run, number)
         self._refused.pop(number, None)
         self._seen.add(number)

@@ -11,13 +11,13 @@ from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder
 from fsmount.cache.numbers import Numbers
 from fsmount.errors import Corrupt, NotFound
-from fsmount.fetch import Traffic
 from fsmount.index import LayerIndex
 from fsmount.lazy import Finder, LayerSpec
 from fsmount.passes import Passes
 from fsmount.registry.source import Source
 from fsmount.streamed import Means
 from fsmount.supply import Opened, Supply
+from fsmount.traffic import Traffic
 
 
 class Piece(NamedTuple):

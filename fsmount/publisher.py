@@ -9,11 +9,11 @@ import trio
 
 from fsmount.catalog import App, Content
 from fsmount.errors import FsmountError
-from fsmount.fetch import Traffic
 from fsmount.image import Image
 from fsmount.oci.digest import Digest
 from fsmount.publish import publish_index
 from fsmount.registry.destination import Destination
+from fsmount.traffic import Traffic
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from fsmount.cache import database
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder, disk_errors, publish
 from fsmount.errors import Corrupt, FsmountError, Invalid, Unsupported
-from fsmount.fetch import Traffic
 from fsmount.index import Chunk, LayerIndex
 from fsmount.indexing import IndexBuilder
 from fsmount.ingest import Inflate, Keep, OneFile
@@ -31,6 +30,7 @@ from fsmount.lazy import Finder, LayerSpec
 from fsmount.oci.digest import Digest
 from fsmount.passes import BlobSource, Meter, Pass, Passes
 from fsmount.registry.source import Source
+from fsmount.traffic import Traffic
 
 log = logging.getLogger(__name__)
 

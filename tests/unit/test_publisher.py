@@ -13,12 +13,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fsmount.catalog import App, Content
 from fsmount.errors import AccessDenied
-from fsmount.fetch import Traffic
 from fsmount.lazy import LayerSpec
 from fsmount.oci.digest import Digest
 from fsmount.oci.manifest import Descriptor
 from fsmount.oci.platform import Platform
 from fsmount.publisher import Publisher
+from fsmount.traffic import Traffic
 from tests.fakes.source import FakeSource
 
 LAYER = Descriptor("application/vnd.oci.image.layer.v1.tar+gzip", Digest.of(b"layer"), 1 << 25, {})
