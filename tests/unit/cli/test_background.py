@@ -113,13 +113,8 @@ signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], "w").close(), sys.ex
 os.kill(os.getppid(), signal.SIGINT)
 while True: signal.pause()
 """
-    # A shell has what it starts in the background ignore the signal.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(code, str(ended))
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(KeyboardInterrupt):
+        run(code, str(ended))
     assert ended.exists()
 
 
