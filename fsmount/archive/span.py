@@ -51,8 +51,8 @@ class Restart(NamedTuple):
     """A place in a gzip blob where inflating can begin: a boundary of deflate blocks, or of members.
 
     `offset` is that of the first whole byte, in the blob; so many (0 to 7) high bits of the byte before it
-    belong to what follows as well. `out` bytes have been inflated by then, and `window` is the last 32 KiB of them,
-    or all of them if they are fewer.
+    belong to what follows as well. `out` bytes have been inflated by then, and `window` is the last 32 KiB of
+    those of the same gzip member, or all of them if they are fewer.
     """
 
     offset: int
