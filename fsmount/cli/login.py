@@ -43,7 +43,7 @@ def login(
     """
     import trio
 
-    from fsmount.config import load_config
+    from fsmount.configfile import load_config
     from fsmount.registry.login import LoginFile, check_login
 
     domain = domain_of(registry)

@@ -27,7 +27,7 @@ class ConfigOptions:
     @property
     def found(self) -> Path | None:
         """The file that `load` reads, or None if it uses the built-in defaults."""
-        from fsmount.config import find_config
+        from fsmount.configfile import find_config
 
         return find_config(self.path)
 
@@ -44,7 +44,7 @@ class ConfigOptions:
 
     def load(self) -> Config:
         """Raises: UsageError with all problems."""
-        from fsmount.config import load_config
+        from fsmount.configfile import load_config
 
         return load_config(self.path, cache=self.cache, apps=self.apps)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsmount.archive.entry import EntryType
-from fsmount.config import load_config
+from fsmount.configfile import load_config
 from fsmount.engine import open_engine
 from fsmount.errors import Invalid
 from fsmount.tree import StoredTree, directory_key

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from fsmount import config as config_module
-from fsmount.config import Config, find_config, load_config
+from fsmount import configfile
+from fsmount.config import Config
+from fsmount.configfile import find_config, load_config
 from fsmount.errors import UsageError
 from fsmount.oci.platform import Platform
 from fsmount.oci.reference import LayoutReference, Reference
@@ -15,7 +16,7 @@ WEB = 'repository = "registry.example.com/team/web"\n'
 
 @pytest.fixture(autouse=True)
 def no_system_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(config_module, "SYSTEM_FILE", tmp_path / "etc/config.toml")
+    monkeypatch.setattr(configfile, "SYSTEM_FILE", tmp_path / "etc/config.toml")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import trio
 
 from fsmount import metrics
 from fsmount.archive.estargz import TOC_DIGEST
-from fsmount.config import load_config
+from fsmount.configfile import load_config
 from fsmount.engine import Engine, open_engine
 from fsmount.fetch import RANGES_IGNORED
 from fsmount.layer import Layer

@@ -43,7 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("fsmount.config.SYSTEM_FILE", Path("/nonexistent"))
+    monkeypatch.setattr("fsmount.configfile.SYSTEM_FILE", Path("/nonexistent"))
     return tmp_path
 
 

@@ -132,7 +132,7 @@ def test_the_help_names_every_command(capsys):
 class TestConfigCheck:
     @pytest.fixture(autouse=True)
     def environment(self, monkeypatch):
-        monkeypatch.setattr("fsmount.config.SYSTEM_FILE", Path("/nonexistent"))
+        monkeypatch.setattr("fsmount.configfile.SYSTEM_FILE", Path("/nonexistent"))
         for name in ("FSMOUNT_CONFIG", "FSMOUNT_CACHE"):
             monkeypatch.delenv(name, raising=False)
 
