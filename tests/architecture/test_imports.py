@@ -32,7 +32,7 @@ def imported_packages(file):
         ("rich", "cli"),
         ("pydantic", "config.py configfile.py"),
         ("flatbuffers", "archive"),
-        ("h11", "control.py"),
+        ("h11", "control"),
     ],
 )
 def test_a_foreign_library_has_one_home(library, home):

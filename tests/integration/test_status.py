@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fsmount import control
+from fsmount.control.places import socket_name
 from fsmount.fuse import mounts
 from tests import peers
 from tests.fakes.front import CountingProxy, Fault
@@ -76,7 +76,7 @@ def metrics(mountpoint: Path, work: Path) -> dict[str, dict[str, int]]:
 
 
 def socket_of(mountpoint: Path) -> Path:
-    return _RUN / control._name(mounts.resolve(mountpoint))
+    return _RUN / socket_name(mounts.resolve(mountpoint))
 
 
 def test_a_lazy_read_shows_what_was_fetched_and_what_was_spared(registry: peers.Registry, work: Path) -> None:

@@ -1,9 +1,12 @@
 """The control socket: who finds it, what it answers to whom, and what no client can do to it. Over real sockets."""
 
+import json
 import logging
 import os
 import socket
 import stat
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -13,9 +16,22 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from fsmount import control
-from fsmount.control import Report, ask, runtime_folders, serve
-from fsmount.errors import DeadlineExpired, FsmountError, NotRunning, Refused
+from fsmount.control import Action, Report, ask, client, serve, server
+from fsmount.control.places import runtime_folders
+from fsmount.errors import (
+    AccessDenied,
+    Corrupt,
+    DeadlineExpired,
+    FsmountError,
+    Invalid,
+    NoSpace,
+    NotFound,
+    NotRunning,
+    RateLimited,
+    Refused,
+    Unreachable,
+    UsageError,
+)
 from fsmount.fuse import mounts
 
 ME = os.geteuid()
@@ -23,6 +39,10 @@ ME = os.geteuid()
 
 async def _hello() -> bytes:
     return b"hello\n"
+
+
+async def _repeat(body: bytes) -> bytes:
+    return f"did {body!r}".encode()
 
 
 REPORTS = {"/hello": Report("text/x-hello", _hello)}
@@ -36,11 +56,15 @@ def mount(mountpoint: Path, user: int = ME) -> mounts.Mount:
 
 @asynccontextmanager
 async def serving(
-    mountpoint: Path, folders: Sequence[Path], reports: Mapping[str, Report] = REPORTS
+    mountpoint: Path,
+    folders: Sequence[Path],
+    reports: Mapping[str, Report] = REPORTS,
+    **actions: Action,
 ) -> AsyncIterator[None]:
     """As a daemon does."""
+    named = {f"/{name}": action for name, action in actions.items()}
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve, mountpoint, reports, folders=folders))
+        await nursery.start(partial(serve, mountpoint, reports, named, folders=folders))
         yield
         nursery.cancel_scope.cancel()
 
@@ -100,7 +124,7 @@ async def test_the_socket_is_its_user_s_alone_and_gone_at_the_end(tmp_path: Path
     async with serving(tmp_path / "mnt", [folder]):
         (path,) = folder.iterdir()
         assert stat.S_ISSOCK(path.stat().st_mode)
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert list(folder.iterdir()) == []
 
@@ -108,7 +132,57 @@ async def test_the_socket_is_its_user_s_alone_and_gone_at_the_end(tmp_path: Path
 async def test_a_folder_that_others_may_look_into_is_closed_to_them(tmp_path: Path, folder: Path) -> None:
     folder.mkdir(mode=0o755)
     async with serving(tmp_path / "mnt", [folder]):
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+
+
+@pytest.mark.skipif(ME != 0, reason="needs root, to be other users")
+@pytest.mark.parametrize(
+    "mode, user, groups, said",
+    [
+        (0o750, 4711, [4242], "did b'{}'"),
+        (0o750, 4711, [4243], "Refused"),
+        (0o750, 4711, [], "Refused"),
+        (0o700, 4711, [4242], "Refused"),
+        (0o750, 0, [], "did b'{}'"),
+    ],
+)
+async def test_the_folder_s_group_may_ask_and_act_if_the_administrator_lets_it_in(
+    mode: int, user: int, groups: Sequence[int], said: str
+) -> None:
+    # Not in tmp_path, which is root's alone.
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        work.chmod(0o755)
+        folder = work / "run"
+        folder.mkdir()
+        os.chown(folder, 0, 4242)
+        folder.chmod(mode)
+        async with serving(work / "mnt", [folder], act=Action(_repeat)):
+            (path,) = folder.iterdir()
+            assert (path.stat().st_gid, stat.S_IMODE(folder.stat().st_mode)) == (4242, mode)
+            command = [sys.executable, "-c", _ASK_AS, str(work / "mnt"), str(folder), str(user)]
+            asked = await trio.run_process([*command, *map(str, groups)], capture_stdout=True)
+            assert asked.stdout.decode().strip() == said
+
+
+#: It has loaded what it needs when it becomes the other user, who may not see where we are installed.
+_ASK_AS = """
+import os, sys, trio
+from functools import partial
+from pathlib import Path
+from fsmount.control import ask
+from fsmount.errors import FsmountError
+from tests.unit.test_control import mount
+mountpoint, folder, user, *groups = sys.argv[1:]
+point = mount(Path(mountpoint), user=0)
+os.setgroups([int(group) for group in groups])
+os.setresgid(int(user), int(user), int(user))
+os.setresuid(int(user), int(user), int(user))
+try:
+    print(trio.run(partial(ask, point, "/act", b"{}", folders=[Path(folder)])).decode())
+except FsmountError as error:
+    print(type(error).__name__)
+"""
 
 
 async def test_a_path_may_be_longer_than_a_socket_s_address(tmp_path: Path) -> None:
@@ -246,6 +320,7 @@ async def test_what_is_no_good_request_is_refused(path: str, request_: bytes, st
     answer = await said(path, request_)
     assert status_of(answer) == status
     assert (b"\r\nAllow: GET, HEAD\r\n" in answer) == (status == 405)
+    assert answer.count(b"HTTP/1.1") == 1
     assert (await said(path, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")).endswith(b"hello\n")
 
 
@@ -255,6 +330,193 @@ async def test_who_leaves_in_the_middle_disturbs_nobody(path: str, caplog: pytes
             await stream.send_all(sent)
     assert (await said(path, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")).endswith(b"hello\n")
     assert caplog.records == []
+
+
+# -------------------- what it does
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"app": "web"}', b"x" * 65536])
+async def test_an_action_gets_the_body_and_its_answer_is_who_asked_s(
+    tmp_path: Path, folder: Path, body: bytes
+) -> None:
+    async with serving(tmp_path / "mnt", [folder], act=Action(_repeat)):
+        answer = await ask(mount(tmp_path / "mnt"), "/act", body, folders=[folder])
+        assert answer == await _repeat(body)
+
+
+async def test_the_body_may_come_in_any_pieces(tmp_path: Path, folder: Path) -> None:
+    async with serving(tmp_path / "mnt", [folder], act=Action(_repeat)):
+        (path,) = map(str, folder.iterdir())
+        head = b"POST /act?x HTTP/1.1\r\nHost: x\r\n"
+        sized = head + b"Content-Length: 5\r\n\r\n[123]"
+        chunked = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n[1\r\n3\r\n23]\r\n0\r\n\r\n"
+        for request in (sized, chunked):
+            answer = await said(path, *(request[n : n + 1] for n in range(len(request))))
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+            assert answer.endswith(b"did b'[123]'")
+
+
+async def test_a_body_that_is_too_large_is_not_taken(tmp_path: Path, folder: Path) -> None:
+    async with serving(tmp_path / "mnt", [folder], act=Action(_never)):
+        (path,) = map(str, folder.iterdir())
+        head = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+        assert status_of(await said(path, head, bytes(70_000))) == 413
+
+
+async def test_a_body_that_breaks_off_does_nothing(tmp_path: Path, folder: Path) -> None:
+    async with serving(tmp_path / "mnt", [folder], act=Action(_never)):
+        (path,) = map(str, folder.iterdir())
+        async with await trio.open_unix_socket(path) as stream:
+            await stream.send_all(b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{}")
+            await stream.send_eof()
+            assert status_of(await rest(stream)) == 400
+
+
+async def _never(body: bytes) -> bytes:
+    raise AssertionError("it was not to be done")
+
+
+async def test_what_is_read_is_not_told_to_act_and_the_other_way_round(tmp_path: Path, folder: Path) -> None:
+    reports = {**REPORTS, "/both": REPORTS["/hello"]}
+    async with serving(tmp_path / "mnt", [folder], reports, act=Action(_never), both=Action(_repeat)):
+        (path,) = map(str, folder.iterdir())
+        for method, target, allowed in (
+            (b"GET", b"/act", b"POST"),
+            (b"HEAD", b"/act", b"POST"),
+            (b"PUT", b"/act", b"POST"),
+            (b"POST", b"/hello", b"GET, HEAD"),
+            (b"DELETE", b"/both", b"GET, HEAD, POST"),
+        ):
+            answer = await said(path, method + b" " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert status_of(answer) == 405
+            assert b"\r\nAllow: " + allowed + b"\r\n" in answer
+        point = mount(tmp_path / "mnt")
+        assert await ask(point, "/both", folders=[folder]) == b"hello\n"
+        assert await ask(point, "/both", b"{}", folders=[folder]) == b"did b'{}'"
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (UsageError("what is this", remedy="Write it so."), 400),
+        (NotFound("there is no such app"), 404),
+        (AccessDenied("no", remedy="Log in."), 403),
+        (Refused("it is in use"), 409),
+        (RateLimited("slowly"), 429),
+        (Unreachable("nobody answers", remedy="Wait.\nThen wait."), 502),
+        (DeadlineExpired("it took too long"), 504),
+        (Corrupt("these are not the bytes"), 502),
+        (Invalid("these make no sense \udcff ü"), 502),
+        (NoSpace("full"), 507),
+        (FsmountError("something else"), 500),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+async def test_what_an_action_raises_is_raised_where_it_was_asked_for(
+    tmp_path: Path, folder: Path, error: FsmountError, status: int
+) -> None:
+    async def fail(body: bytes) -> bytes:
+        # As a nursery does.
+        raise ExceptionGroup("", [error]) if body == b"[]" else error
+
+    async with serving(tmp_path / "mnt", [folder], act=Action(fail)):
+        for body in (b"{}", b"[]"):
+            with pytest.raises(FsmountError) as raised:
+                await ask(mount(tmp_path / "mnt"), "/act", body, folders=[folder])
+            assert type(raised.value) is type(error)
+            assert (raised.value.message, raised.value.remedy) == (error.message, error.remedy)
+            assert (raised.value.exit_code, raised.value.errno) == (error.exit_code, error.errno)
+        (path,) = map(str, folder.iterdir())
+        answer = await said(path, b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        assert status_of(answer) == status
+        fields = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert fields["message"] == error.message and fields["exit_code"] == error.exit_code
+
+
+async def test_an_error_of_a_kind_that_is_not_known_here_keeps_its_exit_code(
+    tmp_path: Path, folder: Path
+) -> None:
+    content = b'{"error": {"kind": "Newer", "message": "m", "remedy": null, "exit_code": 42}}'
+    error = await _told(tmp_path, folder, content)
+    assert type(error) is FsmountError
+    assert (error.message, error.remedy, error.exit_code) == ("m", None, 42)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"[]", b"null", b"{}", b"\xff", b'{"error": 3}', b'{"error": {"kind": "NotFound"}}'),
+        b'{"error": {"kind": "NotFound", "message": "m", "remedy": null, "exit_code": "x"}}',
+    ],
+)
+async def test_an_error_that_is_none_is_told_by_its_status(
+    tmp_path: Path, folder: Path, content: bytes
+) -> None:
+    error = await _told(tmp_path, folder, content)
+    assert "answers /act with 500" in error.message
+
+
+async def _told(tmp_path: Path, folder: Path, content: bytes) -> FsmountError:
+    """What who asks learns from a mount that answers with this error."""
+    head = b"HTTP/1.1 500 x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
+    async with _impostor(tmp_path / "mnt", folder, head + content):
+        with pytest.raises(FsmountError) as raised:
+            await ask(mount(tmp_path / "mnt"), "/act", b"{}", folders=[folder])
+    return raised.value
+
+
+async def test_an_action_has_its_own_bound_and_who_asks_waits_for_it(
+    mock_clock: MockClock, tmp_path: Path, folder: Path
+) -> None:
+    done: list[bytes] = []
+
+    async def slow(body: bytes) -> bytes:
+        await trio.sleep(int(body))
+        done.append(body)
+        return body
+
+    mock_clock.autojump_threshold = 0.05
+    point = mount(tmp_path / "mnt")
+    async with serving(tmp_path / "mnt", [folder], act=Action(slow, seconds=300)):
+        assert await ask(point, "/act", b"299", seconds=300, folders=[folder]) == b"299"
+        with pytest.raises(DeadlineExpired, match="/act was not done within 300 s"):
+            await ask(point, "/act", b"301", seconds=300, folders=[folder])
+        with pytest.raises(DeadlineExpired, match="has not answered /act within 75 s"):
+            await ask(point, "/act", b"298", folders=[folder])
+        # It goes on, for whoever has asked for it wanted it.
+        await trio.sleep(300)
+        assert done == [b"299", b"298"]
+
+
+async def test_what_the_mount_does_keeps_nobody_from_its_reports(tmp_path: Path, folder: Path) -> None:
+    gate = trio.Event()
+
+    async def wait(body: bytes) -> bytes:
+        await gate.wait()
+        return b"{}"
+
+    point = mount(tmp_path / "mnt")
+    async with serving(tmp_path / "mnt", [folder], act=Action(wait)):
+        async with trio.open_nursery() as nursery:
+            for _ in range(server._MOST_ACTIONS):
+                nursery.start_soon(partial(ask, point, "/act", b"", folders=[folder]))
+            await wait_all_tasks_blocked(0.05)
+            with pytest.raises(RateLimited, match="things to do already"):
+                await ask(point, "/act", b"", folders=[folder])
+            assert await ask(point, "/hello", folders=[folder]) == b"hello\n"
+            gate.set()
+        assert await ask(point, "/act", b"", folders=[folder]) == b"{}"
+
+
+async def test_an_action_that_fails_unforeseen_ends_nothing_and_the_log_has_it(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path / "mnt", [folder], act=Action(_never)):
+        with pytest.raises(FsmountError, match="answers /act with 500"):
+            await ask(mount(tmp_path / "mnt"), "/act", b"", folders=[folder])
+        assert await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder]) == b"hello\n"
+    assert "it was not to be done" in caplog.text
+    assert f"/act: asked for by user {ME}" in caplog.text
 
 
 # -------------------- what it takes
@@ -287,7 +549,7 @@ async def test_who_does_not_take_the_answer_is_left(
 async def test_only_so_many_are_answered_at_once_and_the_others_after_them(
     mock_clock: MockClock, path: str
 ) -> None:
-    idle = [await trio.open_unix_socket(path) for _ in range(control._MOST_CLIENTS)]
+    idle = [await trio.open_unix_socket(path) for _ in range(server._MOST_CLIENTS)]
     answers: list[bytes] = []
 
     async def another() -> None:
@@ -365,7 +627,7 @@ async def test_an_answer_that_is_none_is_told(tmp_path: Path, folder: Path, answ
 async def test_an_answer_of_any_length_is_not_waited_for(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "_LARGEST_ANSWER", 1000)
+    monkeypatch.setattr(client, "_LARGEST_ANSWER", 1000)
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(5000)
     async with _impostor(tmp_path / "mnt", folder, answer):
         with pytest.raises(FsmountError, match="more than 1000 bytes"):
