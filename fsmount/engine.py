@@ -72,9 +72,10 @@ class Engine:
 
 
 @asynccontextmanager
-async def open_engine(config: configuration.Config) -> AsyncIterator[Engine]:
+async def open_engine(config: configuration.Config, *, is_offline: bool = False) -> AsyncIterator[Engine]:
     """The engine of a configuration; passes and look-ups in the background end with the block.
 
+    is_offline: no registry is asked anything.
     Raises: UsageError, Refused, NoSpace (the cache folder), FsmountError.
     """
     # Decoding threads hold the GIL for at most this long while the kernel waits: 5 ms is the default.
@@ -86,7 +87,7 @@ async def open_engine(config: configuration.Config) -> AsyncIterator[Engine]:
         closing(WarmSets(folder.state)) as warm_sets,
         open_chunk_store(folder.chunks, size=config.cache.size) as chunks,
     ):
-        async with _sources(config) as sources, trio.open_nursery() as nursery:
+        async with _sources(config, is_offline=is_offline) as sources, trio.open_nursery() as nursery:
             layers = Layers(folder, chunks, numbers, nursery, max_layer_size=config.cache.max_layer_size)
             apps = [_app(name, app, sources) for name, app in config.apps.items()]
             catalog = Catalog(apps, layers, nursery)
@@ -96,7 +97,7 @@ async def open_engine(config: configuration.Config) -> AsyncIterator[Engine]:
                 nursery.cancel_scope.cancel()
 
 
-def _sources(config: configuration.Config) -> Sources:
+def _sources(config: configuration.Config, *, is_offline: bool) -> Sources:
     plain_http = frozenset(name for name, registry in config.registries.items() if registry.plain_http)
     network = config.network
     return Sources(
@@ -110,6 +111,7 @@ def _sources(config: configuration.Config) -> Sources:
             requests=network.requests_per_server,
         ),
         retry=Retry(tries=network.tries),
+        is_offline=is_offline,
     )
 
 

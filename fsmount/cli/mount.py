@@ -1,11 +1,20 @@
 """mount: serves the configured apps at a mount point, in the background unless told otherwise."""
 
+from __future__ import annotations
+
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fsmount.cli.background import announce_ready, run_in_background
 from fsmount.cli.options import ConfigOptions, config_options
+
+if TYPE_CHECKING:  # what takes long to import waits until it is needed
+    from fsmount.config import Config
+    from fsmount.notify import Service
 
 
 @click.command()
@@ -28,18 +37,71 @@ def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log
     if not foreground:
         raise click.exceptions.Exit(_in_background(options, mountpoint, log_file))
 
-    config = options.load()
-    mountpoint = (mountpoint or config.mountpoint).absolute()
+    import logging
+
+    from fsmount.notify import Service
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    service = Service.from_environment()
+    if service.is_held:
+        _serve(options, mountpoint, service)
+        return
+
+    from fsmount.holder import PROGRAM, Holder
+
+    mountpoint = (mountpoint or options.load().mountpoint).absolute()
+    command = [*PROGRAM, "mount", str(mountpoint), "--foreground", *options.arguments()]
+    raise click.exceptions.Exit(Holder(command).run())
+
+
+def _serve(options: ConfigOptions, mountpoint: Path | None, service: Service) -> None:
+    import faulthandler
     import logging
 
     import trio
 
     from fsmount import daemon
+    from fsmount.succession import Succession
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Whoever finds this process stuck ends it by SIGABRT: then the log says where it was.
+    faulthandler.enable()
+    succession = Succession(service)
+    config, text = _load(options, succession.record.config)
+    mountpoint = (mountpoint or config.mountpoint).absolute()
     if not config.apps:
         logging.warning("no apps are configured: the mount is empty; add [apps.NAME], or use --app")
-    trio.run(lambda: daemon.run(config, mountpoint, ready=announce_ready))
+
+    def ready() -> None:
+        succession.serve_by(text)
+        service.ready()
+        announce_ready()
+
+    trio.run(lambda: daemon.run(config, mountpoint, service=service, succession=succession, ready=ready))
+
+
+def _load(options: ConfigOptions, last_good: str | None) -> tuple[Config, str]:
+    """The configuration, and the text of its file.
+
+    last_good: what the process before has served by. A mistake that was made since must not take the mount down.
+    Raises: UsageError.
+    """
+    import logging
+
+    from fsmount.errors import UsageError
+
+    try:
+        config, found = options.load(), options.found
+        return config, "" if found is None else found.read_text()
+    except (UsageError, OSError) as error:
+        if last_good is None:
+            raise
+        logging.error("the configuration is the one of before, for the present one is not good: %s", error)
+    descriptor = os.memfd_create("fsmount-config", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, last_good.encode())
+        return replace(options, path=Path(f"/proc/self/fd/{descriptor}")).load(), last_good
+    finally:
+        os.close(descriptor)
 
 
 def _in_background(options: ConfigOptions, mountpoint: Path | None, log_file: Path | None) -> int:

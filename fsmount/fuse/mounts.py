@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import logging
 import os
 import re
 import stat
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fsmount.errors import NotRunning, Refused, UsageError
+
+log = logging.getLogger(__name__)
 
 #: What mount(8) and df call our mounts; libfuse makes it of the option `subtype`.
 FSTYPE = "fuse.fsmount"
@@ -196,6 +199,14 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     if not is_ours(mount):
         raise Refused(f"what is mounted at {mountpoint} is not fsmount's, but of type {mount.fstype}")
     _take_away(mount, lazy=lazy)
+
+
+def detach(mount: Mount) -> None:
+    """Take away a mount of ours, lazily; a complaint is logged: for the end of whoever has served it."""
+    try:
+        _take_away(mount, lazy=True)
+    except Refused as error:
+        log.warning("%s", error.message)
 
 
 def users_of(mountpoint: Path) -> list[User]:

@@ -77,6 +77,8 @@ _IN_HEADER = struct.Struct("=IIQQIIIHH")
 _OUT_HEADER = struct.Struct("=IiQ")
 _READ_IN = struct.Struct("=QQI")  # handle, offset, size; flags follow
 _INTERRUPT_IN = struct.Struct("=Q")
+_INVALIDATE_OUT = struct.Struct("=Qqq")  # inode, offset, length; a length of 0 is all that follows
+_NOTIFY_INVALIDATE, _NOTIFY_RESEND = 2, 7
 _STATFS_OUT = struct.Struct("=5Q4I24x")
 _ATTR = "6Q10I"
 _DIRENT_FORM = "QQII"
@@ -135,6 +137,18 @@ def reply(unique: int, size: int) -> bytes:
 def error_reply(unique: int, errno: int) -> bytes:
     """The whole answer that is an errno."""
     return _OUT_HEADER.pack(_OUT_HEADER.size, -errno, unique)
+
+
+def resend() -> bytes:
+    """Has the kernel (6.9 and later) send again what it has sent to a process that ended without answering."""
+    return _OUT_HEADER.pack(_OUT_HEADER.size, _NOTIFY_RESEND, 0)
+
+
+def invalidate(inode: int) -> bytes:
+    """Has the kernel forget the pages and attributes of an inode."""
+    return _OUT_HEADER.pack(
+        _OUT_HEADER.size + _INVALIDATE_OUT.size, _NOTIFY_INVALIDATE, 0
+    ) + _INVALIDATE_OUT.pack(inode, 0, 0)
 
 
 def pack_attributes(attributes: Attributes) -> bytes:

@@ -38,6 +38,8 @@ from fsmount.fuse.protocol import (
 log = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 60.0
+#: What requests that are under way may take when the mount is left to another process, which else takes them over.
+_LEAVING_SECONDS = 3.0
 #: Requests that may be read one after the other before everything else in the process has had its turn.
 _IN_A_ROW = 32
 _MOST_MESSAGES = 1000
@@ -78,18 +80,38 @@ class Deadlines:
         return self.content_seconds if opcode in self.content else self.names_seconds
 
 
-async def answer_requests(device: int, handlers: Handlers, deadlines: Deadlines) -> None:
+async def answer_requests(
+    device: int, handlers: Handlers, deadlines: Deadlines, *, leave: trio.Event | None = None
+) -> bool:
     """Answers what comes from device, a mounted /dev/fuse that does not block, until it is unmounted.
 
     A handler that has its answer is answered for at once. One that must wait does so in a task of its own, which
     ends at its deadline, or when the kernel says that the caller was interrupted, and a signal is pending that asks
     it to end: SIGKILL, SIGTERM, SIGINT, SIGQUIT or SIGHUP.
 
+    leave: once that is set no more are taken, and this returns when those that were have been answered, or a few
+    seconds later. Says whether all have been.
+
     Cancellation: requests that are under way stay unanswered; closing the last descriptor fails them.
     """
+    leave = trio.Event() if leave is None else leave
     async with trio.open_nursery() as nursery:
-        await _Loop(device, handlers, deadlines, nursery).run()
+        loop = _Loop(device, handlers, deadlines, nursery)
+        async with trio.open_nursery() as reading:
+
+            async def stop_reading() -> None:
+                await leave.wait()
+                reading.cancel_scope.cancel()
+
+            reading.start_soon(stop_reading)
+            await loop.run()
+            reading.cancel_scope.cancel()
+        if leave.is_set():
+            with trio.move_on_after(_LEAVING_SECONDS):
+                await loop.wait_idle()
+        is_idle = not loop.is_busy
         nursery.cancel_scope.cancel()
+    return is_idle
 
 
 class _Waiting(NamedTuple):
@@ -109,6 +131,17 @@ class _Loop:
         self._journal = Journal()
         #: The requests that wait, by `unique`.
         self._waiting: dict[int, _Waiting] = {}
+        self._answered = trio.lowlevel.ParkingLot()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests have been taken and not answered."""
+        return bool(self._waiting)
+
+    async def wait_idle(self) -> None:
+        """Returns when all that were taken have been answered."""
+        while self._waiting:
+            await self._answered.park()
 
     async def run(self) -> None:
         buffers = [self._buffer]
@@ -192,6 +225,7 @@ class _Loop:
             return
         finally:
             del self._waiting[unique]
+            self._answered.unpark_all()
         code = errno.EINTR
         if deadline.cancelled_caught:
             code = errno.ETIMEDOUT

@@ -1,9 +1,11 @@
-"""session: the life of one FUSE mount, from mount(2) to its last answer.
+"""session: the life of one FUSE mount in this process, from mount(2), or an inherited descriptor, to its last answer.
 
-pyfuse3, that is libfuse, mounts, agrees with the kernel on what both can do (INIT), and unmounts, also for ordinary
-users through fusermount3. The requests in between are answered in `requests`.
+pyfuse3, that is libfuse, mounts and agrees with the kernel on what both can do (INIT), also for ordinary users through
+fusermount3. The requests that follow are answered in `requests`: by this process, and then by the next one that
+is handed the descriptor, for the kernel keeps a mount as long as some process has its device open.
 """
 
+import enum
 import errno
 import functools
 import logging
@@ -11,16 +13,17 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import pyfuse3
 import trio
 
 from fsmount.errors import DeadlineExpired, FsmountError, NotRunning, Refused
-from fsmount.fuse import mounts
-from fsmount.fuse.protocol import BUFFER_SIZE, SMALLEST_INIT, amended_init
+from fsmount.fuse import mounts, stored
+from fsmount.fuse.protocol import BUFFER_SIZE, SMALLEST_INIT, amended_init, invalidate, resend
 from fsmount.fuse.requests import Deadlines, Handlers, answer_requests
 
 log = logging.getLogger(__name__)
@@ -33,56 +36,205 @@ _DEVICE_NUMBER = os.makedev(10, 229)
 _FUSE_CONF = Path("/etc/fuse.conf")
 _READY_SECONDS = 10.0
 
-_is_serving = False
+
+class Keeper(Protocol):
+    """Who keeps the device of a mount when this process ends: systemd, or a holder."""
+
+    #: What an earlier process has left there, by name. Ownership: the session's.
+    inherited: dict[str, int]
+
+    def store(self, name: str, descriptor: int) -> None: ...
+    def remove(self, name: str) -> None: ...
 
 
-async def serve(
-    handlers: Handlers,
-    mountpoint: Path,
-    *,
-    allow_other: bool | None = None,
-    deadlines: Deadlines | None = None,
-    read_ahead_kib: int = 1024,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Mount at mountpoint, and answer with handlers until it is unmounted or this is cancelled.
+class Ending(enum.Enum):
+    """What becomes of the mount at the end of a session."""
 
-    `await nursery.start(serve, ...)` returns when the mount answers. allow_other lets other users in; None:
-    if it is permitted. pyfuse3 keeps its state in globals: one mount a process.
+    UNMOUNT = enum.auto()
+    #: It is left to the next process that is handed the device.
+    LEAVE = enum.auto()
 
-    Raises: UsageError or Refused if it cannot be mounted; DeadlineExpired if it does not answer; NotRunning
-    if it was unmounted before it had answered.
-    Cancellation: unmounts, lazily; requests that wait for an answer fail with ECONNABORTED.
+
+class Session:
+    """One mount, as long as this process serves it.
+
+    With a keeper, the mount outlives a process that ends without having been told to unmount: the next one
+    inherits the device and goes on. Without one, the mount ends with the session.
     """
-    options = _options(allow_other)
-    mountpoint = mounts.resolve(mountpoint)
-    # One a session: an abandoned thread that outlives trio never gives its token back.
-    probes = trio.CapacityLimiter(1)
-    if await trio.to_thread.run_sync(mounts.prepare, mountpoint, limiter=probes):
-        log.warning("cleared the dead mount of an earlier run at %s", mountpoint)
-    ready = False
-    with _single_failure(), _mounted(mountpoint, options) as (mount, device, libfuse_s):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_serve_device, device, libfuse_s, handlers, deadlines or Deadlines(), nursery)
-            await _wait_until_answering(mount, probes)
-            if not mounts.set_read_ahead(mountpoint, read_ahead_kib):
-                log.info("the read-ahead of %s stays at the kernel's default", mountpoint)
-            ready = True
-            task_status.started()
-    if not ready:
-        raise NotRunning(f"{mountpoint} was unmounted before it had answered")
+
+    def __init__(self, mountpoint: Path, *, keeper: Keeper | None = None) -> None:
+        self.mountpoint = mounts.resolve(mountpoint)
+        #: Whether all requests that were taken have been answered when the mount was left.
+        self.is_drained = False
+        #: Whether an earlier process has served the mount.
+        self.is_inherited = False
+        #: What becomes of the mount when `serve` is cancelled or fails.
+        self.ending = Ending.UNMOUNT if keeper is None else Ending.LEAVE
+        self._keeper = keeper
+        self._leave = trio.Event()
+        self._device: int | None = None
+
+    def leave(self) -> None:
+        """Has `serve` take no more requests, answer those that were, and leave the mount to the next process."""
+        self.ending = Ending.LEAVE
+        self._leave.set()
+
+    async def serve(
+        self,
+        handlers: Handlers,
+        *,
+        allow_other: bool | None = None,
+        deadlines: Deadlines | None = None,
+        read_ahead_kib: int = 1024,
+        is_drained: bool = False,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Mounts, or goes on with what was inherited, and answers with handlers until that ends.
+
+        `await nursery.start(session.serve, ...)` returns when the mount answers. allow_other lets other users in;
+        None: if it is permitted. is_drained: the process before left nothing unanswered.
+
+        Raises: UsageError or Refused if it cannot be mounted; DeadlineExpired if it does not answer; NotRunning
+        if it was unmounted before it had answered.
+        Cancellation: unmounts, lazily, or leaves the mount, as `ending` says. Requests that wait for an answer fail
+        with ECONNABORTED, or get theirs from the next process.
+        """
+        options = _options(allow_other)
+        # One a session: an abandoned thread that outlives trio never gives its token back.
+        probes = trio.CapacityLimiter(1)
+        ready = False
+        with _single_failure():
+            connection = self._inherit(is_drained=is_drained)
+            if connection is None:
+                if await trio.to_thread.run_sync(mounts.prepare, self.mountpoint, limiter=probes):
+                    log.warning("cleared the dead mount of an earlier run at %s", self.mountpoint)
+                connection = await _mount(self.mountpoint, options)
+            with self._connected(connection):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._answer, connection.device, handlers, deadlines, nursery)
+                    if not self.is_inherited:
+                        await _wait_until_answering(connection.mount, probes)
+                        if not mounts.set_read_ahead(self.mountpoint, read_ahead_kib):
+                            log.info("the read-ahead of %s stays at the kernel's default", self.mountpoint)
+                        if self._keeper is not None:
+                            self._keeper.store(stored.name_of(connection.mount), connection.device)
+                    ready = True
+                    task_status.started()
+        if not ready:
+            raise NotRunning(f"{self.mountpoint} was unmounted before it had answered")
+
+    def forget(self, inodes: Iterable[int]) -> None:
+        """Has the kernel forget the pages of inodes. Blocks while a reader waits for one of them: for a thread."""
+        device = self._device
+        for inode in inodes:
+            try:
+                if device is not None:
+                    os.write(device, invalidate(inode))
+            except FileNotFoundError:  # the kernel does not have it
+                continue
+            except OSError as error:
+                log.warning("the kernel does not forget what was not certified: %s", error.strerror)
+                return
+
+    async def _answer(
+        self, device: int, handlers: Handlers, deadlines: Deadlines | None, nursery: trio.Nursery
+    ) -> None:
+        self.is_drained = await answer_requests(device, handlers, deadlines or Deadlines(), leave=self._leave)
+        if not self._leave.is_set():
+            self.ending = Ending.UNMOUNT  # it is gone already, or dead for good
+        nursery.cancel_scope.cancel()
+
+    def _inherit(self, *, is_drained: bool) -> "_Connection | None":
+        """The mount of an earlier process, if it is there and can be gone on with."""
+        keeper = self._keeper
+        names = [name for name in keeper.inherited if stored.is_device(name)] if keeper is not None else []
+        found: _Connection | None = None
+        for name in names:
+            assert keeper is not None
+            device = keeper.inherited.pop(name)
+            mount = stored.mount_of(name)
+            if mount is not None and mount.mountpoint == self.mountpoint and name == stored.name_of(mount):
+                os.set_blocking(device, False)
+                if is_drained or _resend(device):
+                    found = _Connection(mount, device)
+                    continue
+                log.warning(
+                    "%s is mounted anew: this kernel (before 6.9) cannot send again what the process that ended"
+                    " has not answered; who has a file open there must open it again",
+                    self.mountpoint,
+                )
+            elif mount is not None:
+                log.warning("%s is unmounted: it is not what is to be served now", mount.mountpoint)
+            keeper.remove(name)
+            if mount is not None:
+                mounts.detach(mount)
+            os.close(device)
+        self.is_inherited = found is not None
+        return found
+
+    @contextmanager
+    def _connected(self, connection: "_Connection") -> Iterator[None]:
+        mount = connection.mount
+        self._device = connection.device
+        try:
+            yield
+        finally:
+            self._device = None
+            os.close(connection.device)
+            # After a lazy unmount from outside another session may be mounted at this path: that one must stay.
+            top = mounts.find(self.mountpoint)
+            if top is not None and top.device == mount.device and self.ending is Ending.UNMOUNT:
+                if self._keeper is not None:
+                    self._keeper.remove(stored.name_of(mount))
+                mounts.detach(top)
 
 
-async def _serve_device(
-    device: int, libfuse_s: int, handlers: Handlers, deadlines: Deadlines, nursery: trio.Nursery
-) -> None:
-    if await _negotiate(device, libfuse_s):
-        await answer_requests(device, handlers, deadlines)
-    nursery.cancel_scope.cancel()  # the mount is gone
+class _Connection(NamedTuple):
+    """A mount, and a descriptor of its device that does not block."""
+
+    mount: mounts.Mount
+    device: int
+
+
+def _resend(device: int) -> bool:
+    try:
+        os.write(device, resend())
+    except OSError:
+        return False
+    return True
+
+
+async def _mount(mountpoint: Path, options: set[str]) -> _Connection:
+    """Has libfuse mount, and agree with the kernel on what both can do; what follows is not for libfuse.
+
+    Raises: Refused, NotRunning (it was unmounted at once).
+    """
+    before = set(_devices())
+    try:
+        pyfuse3.init(pyfuse3.Operations(), os.fspath(mountpoint), options)
+    except RuntimeError as error:
+        raise _why_not(mountpoint) from error
+    (libfuse_s,) = set(_devices()) - before
+    device = os.dup(libfuse_s)
+    os.set_blocking(device, False)
+    mount = mounts.find(mountpoint)
+    is_agreed = False
+    try:
+        is_agreed = mount is not None and await _negotiate(device, libfuse_s)
+        if mount is None or not is_agreed:
+            raise NotRunning(f"{mountpoint} was unmounted at once")
+        return _Connection(mount, device)
+    finally:
+        pyfuse3.close(unmount=False)
+        if not is_agreed:
+            os.close(device)
+            top = mounts.find(mountpoint)
+            if mount is not None and top is not None and top.device == mount.device:
+                mounts.detach(top)
 
 
 async def _negotiate(device: int, libfuse_s: int) -> bool:
-    """Lets libfuse answer INIT, the kernel's first request: over a socket, for what follows is not for libfuse.
+    """Lets libfuse answer INIT, the kernel's first request, over a socket.
 
     libfuse_s is its own descriptor of the device. False: it was unmounted before.
 
@@ -108,7 +260,7 @@ async def _negotiate(device: int, libfuse_s: int) -> bool:
                 answer = ours.recv(BUFFER_SIZE)
                 nursery.cancel_scope.cancel()
         finally:
-            # What it closes, and looks at before it unmounts, shall be the device again.
+            # What it closes shall be the device again.
             os.dup2(device, libfuse_s, inheritable=False)
     if len(answer) < SMALLEST_INIT:
         raise Refused("libfuse does not agree with this kernel on the FUSE protocol", remedy="Upgrade fuse3.")
@@ -123,38 +275,6 @@ async def _wait_until_answering(mount: mounts.Mount, probes: trio.CapacityLimite
     health = await trio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=probes)
     if health is not mounts.Health.LIVING:
         raise DeadlineExpired(f"{mount.mountpoint} is mounted, but has not answered in {_READY_SECONDS:g} s")
-
-
-@contextmanager
-def _mounted(mountpoint: Path, options: set[str]) -> Iterator[tuple[mounts.Mount, int, int]]:
-    """The mount, a descriptor of its device that does not block, and libfuse's own of the same."""
-    global _is_serving
-    if _is_serving:
-        raise RuntimeError("pyfuse3 serves one mount a process")
-    before = set(_devices())
-    try:
-        pyfuse3.init(pyfuse3.Operations(), os.fspath(mountpoint), options)
-    except RuntimeError as error:
-        raise _why_not(mountpoint) from error
-    _is_serving = True
-    (libfuse_s,) = set(_devices()) - before
-    device = os.dup(libfuse_s)
-    os.set_blocking(device, False)
-    mount = mounts.find(mountpoint)
-    try:
-        if mount is None:
-            raise NotRunning(f"{mountpoint} was unmounted at once")
-        yield mount, device, libfuse_s
-    finally:
-        os.close(device)
-        # After a lazy unmount from outside another session may be mounted at this path: that one must stay.
-        top = mounts.find(mountpoint)
-        still_there = mount is not None and top is not None and top.device == mount.device
-        pyfuse3.close(unmount=still_there)
-        _is_serving = False
-        if still_there:
-            # libfuse leaves it there, dead, if its connection was aborted through /sys/fs/fuse/connections.
-            mounts.clear_stale(mountpoint)
 
 
 def _devices() -> Iterator[int]:

@@ -9,6 +9,7 @@ from typing import Self
 import httpx
 import trio
 
+from fsmount.errors import Unreachable
 from fsmount.oci.reference import LayoutReference, Reference
 from fsmount.registry.client import Repository
 from fsmount.registry.credentials import Credentials
@@ -44,8 +45,11 @@ class Sources:
         credentials: Credentials | None = None,
         proxies: Proxies | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        is_offline: bool = False,
     ) -> None:
         """What is not given is as this user and this machine have it. transport replaces the network, for tests.
+
+        is_offline: every registry counts as unreachable, and none is asked.
 
         Raises: UsageError (a proxy).
         """
@@ -56,6 +60,7 @@ class Sources:
         self._wire = Wire(self._transports, timeouts or Timeouts(), limits or Limits())
         self._servers: dict[Endpoint, Server] = {}
         self._standings: dict[str, Standing] = {}
+        self._is_offline = is_offline
         self._nursery_manager = trio.open_nursery()
         self._nursery: trio.Nursery | None = None
 
@@ -102,8 +107,10 @@ class Sources:
 
         A mirror that has failed, and rested, is asked in the background whether it is back.
 
-        Raises: UsageError (a malformed file), AccessDenied (the repository is blocked).
+        Raises: UsageError (a malformed file), AccessDenied (the repository is blocked), Unreachable (see `is_offline`).
         """
+        if self._is_offline:
+            raise Unreachable(f"{reference.name} is not asked: this process serves what is in the cache")
         endpoints = self._hosts.endpoints(reference.domain, reference.repository)
         remotes = [Remote(self._server(endpoint), endpoint) for endpoint in endpoints]
         for remote in remotes:

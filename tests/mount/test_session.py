@@ -245,7 +245,7 @@ def _mount_as_nobody(mountpoint: Path, device: Path) -> None:
 async def test_unmounting_from_outside_ends_the_session(mountpoint: Path) -> None:
     with trio.fail_after(_SECONDS_OF_PATIENCE):
         async with trio.open_nursery() as nursery:
-            await nursery.start(session.serve, toy.Toy(), mountpoint)
+            await nursery.start(session.Session(mountpoint).serve, toy.Toy())
             await trio.to_thread.run_sync(mounts.unmount, mountpoint)
     assert mounts.find(mountpoint) is None
 
@@ -289,7 +289,7 @@ async def test_aborting_the_connection_ends_the_session_and_leaves_no_dead_mount
     control.mkdir()
     with trio.fail_after(_SECONDS_OF_PATIENCE):
         async with trio.open_nursery() as nursery:
-            await nursery.start(session.serve, toy.Toy(), mountpoint)
+            await nursery.start(session.Session(mountpoint).serve, toy.Toy())
             mount = mounts.find(mountpoint)
             assert mount is not None
             await trio.run_process(["mount", "-t", "fusectl", "none", control])
@@ -300,40 +300,29 @@ async def test_aborting_the_connection_ends_the_session_and_leaves_no_dead_mount
     assert mounts.find(mountpoint) is None
 
 
-async def test_a_process_serves_one_mount(mountpoint: Path, tmp_path: Path) -> None:
-    second = tmp_path / "second"
-    second.mkdir()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(session.serve, toy.Toy(), mountpoint)
-        with pytest.raises(RuntimeError, match="one mount a process"):
-            await session.serve(toy.Toy(), second)
-        assert (await trio.to_thread.run_sync(look_at, mountpoint / "same")).returncode == 0
-        nursery.cancel_scope.cancel()
-
-
 async def test_the_death_of_the_loop_leaves_as_itself(
     mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def answer_requests(*arguments: object) -> None:
+    async def answer_requests(*arguments: object, **options: object) -> None:
         async with trio.open_nursery():
             raise OSError("on purpose")
 
     monkeypatch.setattr(session, "answer_requests", answer_requests)
     with pytest.raises(OSError, match="on purpose"):
-        await session.serve(toy.Toy(), mountpoint)
+        await session.Session(mountpoint).serve(toy.Toy())
     assert mounts.find(mountpoint) is None
 
 
 async def test_a_mount_that_does_not_answer_is_given_up(
     mountpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def answer_requests(*arguments: object) -> None:
+    async def answer_requests(*arguments: object, **options: object) -> None:
         await trio.sleep_forever()
 
     monkeypatch.setattr(session, "answer_requests", answer_requests)
     monkeypatch.setattr(session, "_READY_SECONDS", 0.2)
     with pytest.raises(DeadlineExpired):
-        await session.serve(toy.Toy(), mountpoint)
+        await session.Session(mountpoint).serve(toy.Toy())
     assert mounts.find(mountpoint) is None
 
 
@@ -346,13 +335,13 @@ async def test_a_machine_without_dev_fuse_is_told_so(
     monkeypatch.setattr("pyfuse3.init", init)
     monkeypatch.setattr(session, "_DEVICE", tmp_path / "nothing")
     with pytest.raises(Refused, match="has no"):
-        await session.serve(toy.Toy(), mountpoint)
+        await session.Session(mountpoint).serve(toy.Toy())
 
 
 async def _start_with_a_stuck_reader(nursery: trio.Nursery, mountpoint: Path) -> trio.Process:
     """Serve a toy in nursery, and return a process that waits for its content."""
     stuck = toy.Toy()
-    await nursery.start(session.serve, stuck, mountpoint)
+    await nursery.start(session.Session(mountpoint).serve, stuck)
     reader = await trio.lowlevel.open_process(["cat", mountpoint / "stuck-0"], stderr=subprocess.DEVNULL)
     await stuck.asked.wait()
     return reader

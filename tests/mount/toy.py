@@ -34,7 +34,7 @@ from fsmount.fuse.requests import Answer
 
 _SIZE = 1 << 20
 #: trio's name of the task that reads the requests.
-_LOOP = "fsmount.fuse.session._serve_device"
+_LOOP = "fsmount.fuse.session.Session._answer"
 _FAILURES: dict[bytes, Callable[[], Exception]] = {
     b"broken-bug": lambda: ValueError("broken on purpose"),
     b"broken-corrupt": lambda: errors.Corrupt("corrupt on purpose"),
@@ -171,7 +171,7 @@ async def _main(arguments: argparse.Namespace) -> None:
             await _serve_raw(mountpoint)
         else:
             async with trio.open_nursery() as serving:
-                await serving.start(partial(session.serve, toy, mountpoint))
+                await serving.start(partial(session.Session(mountpoint).serve, toy))
                 say("ready")
         say("ended")
         nursery.cancel_scope.cancel()
