@@ -86,12 +86,12 @@ class Holder:
         #: When the next worker is to be started, if there is none.
         self._due: float | None = time.monotonic()
         self._is_refusing = False
+        self._selector = selectors.DefaultSelector()
         handed = environ.pop(_HANDED, None)
         if handed is None:
             self._listener = notify.listen()
         else:
             self._listener = self._take_over(json.loads(handed))
-        self._selector = selectors.DefaultSelector()
 
     def run(self) -> int:
         """Starts the command, and again whenever it ends while its mount is there; returns when that is not.
@@ -153,8 +153,11 @@ class Holder:
             # The first worker says for itself that it is ready, or why it never will be.
             del self._environ["FSMOUNT_READY_FD"]
             os.close(int(announced))
+        self._adopt(pid)
+
+    def _adopt(self, pid: int, *, is_ready: bool = False) -> None:
         now = time.monotonic()
-        self._worker = _Worker(pid, os.pidfd_open(pid), began=now, heard=now)
+        self._worker = _Worker(pid, os.pidfd_open(pid), began=now, heard=now, is_ready=is_ready)
         self._selector.register(self._worker.pidfd, selectors.EVENT_READ)
 
     def _hear(self) -> None:
@@ -316,9 +319,7 @@ class Holder:
             os.set_inheritable(descriptor, False)
         self._was_ready = True
         if isinstance(pid, int):
-            now = time.monotonic()
-            is_ready = bool(handed["is_ready"])
-            self._worker = _Worker(pid, os.pidfd_open(pid), began=now, heard=now, is_ready=is_ready)
+            self._adopt(pid, is_ready=bool(handed["is_ready"]))
             self._due = None
             _signal(pid, signal.SIGUSR2)
         return listener

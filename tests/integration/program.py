@@ -86,15 +86,25 @@ def take_down(mountpoint: Path) -> None:
 
 
 def daemons(mountpoint: Path) -> list[int]:
-    """The processes that serve a mount there, or are about to."""
+    """The processes that serve a mount there, or are about to, and those that hold it."""
     words = [b"-m", b"fsmount", b"mount", os.fsencode(mountpoint)]
     return [pid for pid, line in _processes() if line[1:5] == words]
 
 
 def daemon(mountpoint: Path) -> int:
     """The one process that serves a mount there."""
-    (pid,) = daemons(mountpoint)
+    pids = daemons(mountpoint)
+    (pid,) = (pid for pid in pids if _parent(pid) in pids)
     return pid
+
+
+def holder(mountpoint: Path) -> int:
+    """The one process that holds a mount there, and starts another when the one that serves it ends."""
+    return _parent(daemon(mountpoint))
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float = _DAEMON_SECONDS) -> bool:
