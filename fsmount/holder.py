@@ -261,7 +261,7 @@ class Holder:
                 if worker is None:
                     self._unmount()
                 else:
-                    _signal(worker.pid, signal.SIGTERM)
+                    _signal(worker.pid, signal.Signals(number))
                     worker.ends = time.monotonic() + _GRACE_SECONDS
             elif number == signal.SIGHUP and worker is not None:
                 _signal(worker.pid, signal.SIGHUP)

@@ -103,6 +103,16 @@ def holder(mountpoint: Path) -> int:
     return _parent(daemon(mountpoint))
 
 
+def kill(mountpoint: Path) -> None:
+    """Leaves nobody who serves a mount there, or would start somebody who does: it is dead afterwards."""
+    mount = mounts.find(mountpoint)
+    assert mount is not None
+    for pid in (holder(mountpoint), *daemons(mountpoint)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: mounts.is_dead(mount))
+
+
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 

@@ -27,6 +27,8 @@ from tests.integration.program import (
     daemons,
     environment,
     fsmount,
+    holder,
+    kill,
     mounted,
     take_down,
     wait_until,
@@ -360,8 +362,8 @@ def test_the_file_system_says_that_it_is_read_only_and_has_no_room(shown: Shown)
 def test_a_mount_in_the_background_answers_when_the_command_ends(work: Path) -> None:
     _image(work / "layout", "v1", _says("text"))
     with mounted(work, f"app=oci-layout:{work / 'layout'}") as mountpoint:
-        pid = daemon(mountpoint)
-        assert os.getsid(pid) == pid
+        pid = holder(mountpoint)
+        assert os.getsid(daemon(mountpoint)) == pid
         assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
         assert (mountpoint / "app/v1/file").read_text() == "text"
         log = work / "cache/log/mount.log"
@@ -439,27 +441,20 @@ def test_a_second_mount_at_the_same_place_is_refused_and_the_first_goes_on(work:
         assert len([mount for mount in mounts.mounted() if mount.mountpoint == mountpoint]) == 1
 
 
-def test_what_a_killed_process_leaves_is_cleared_by_the_next(work: Path) -> None:
+def test_what_is_left_when_a_process_and_its_holder_were_killed_is_cleared_by_the_next(work: Path) -> None:
     _image(work / "layout", "v1", _says("text"))
     app = f"app=oci-layout:{work / 'layout'}"
     with mounted(work, app) as mountpoint:
-        _kill(mountpoint)
+        kill(mountpoint)
         with refused(errno.ENOTCONN):
             os.stat(mountpoint)
         fsmount("mount", mountpoint, "--app", app, cache=work / "cache")
         assert (mountpoint / "app/v1/file").read_text() == "text"
         assert len([mount for mount in mounts.mounted() if mount.mountpoint == mountpoint]) == 1
-        _kill(mountpoint)
+        kill(mountpoint)
         fsmount("unmount", mountpoint, cache=work / "cache")
         assert mounts.find(mountpoint) is None
         assert names(mountpoint) == []
-
-
-def _kill(mountpoint: Path) -> None:
-    mount = mounts.find(mountpoint)
-    assert mount is not None
-    os.kill(daemon(mountpoint), signal.SIGKILL)
-    assert wait_until(lambda: mounts.is_dead(mount))
 
 
 def _other_user_s_cache(work: Path) -> list[str | Path]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import stat
 import tempfile
@@ -18,7 +17,7 @@ from fsmount.fuse import mounts
 from tests import peers
 from tests.fakes.front import CountingProxy, Fault
 from tests.fakes.tar import Member, archive
-from tests.integration.program import daemon, daemons, fsmount, mounted, wait_until
+from tests.integration.program import daemon, fsmount, kill, mounted, wait_until
 from tests.unit.test_status import parse
 
 pytestmark = [
@@ -201,8 +200,7 @@ def test_where_nothing_of_ours_is_mounted_the_exit_code_is_3(work: Path) -> None
 def test_a_killed_mount_is_not_running_and_the_next_one_answers(work: Path) -> None:
     with mounted(work) as mountpoint:
         pid = daemon(mountpoint)
-        os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: not daemons(mountpoint))
+        kill(mountpoint)
         path = socket_of(mountpoint)
         assert wait_until(lambda: _refuses(path))
         failed = fsmount("status", mountpoint, cache=work / "cache", code=3)
