@@ -229,8 +229,7 @@ class Layers:
         """Gives a condemned layer a new number. shown: it was complete, so the kernel was told to keep what it is."""
         self._by_number.pop(layer.number, None)
         self._retired[layer.number] = error
-        self.numbers.retire_layer(layer.spec.key)
-        layer.number = self.numbers.layer(layer.spec.key)
+        layer.number = self.numbers.renew_layer(layer.spec.key)
         self._by_number[layer.number] = layer
         if shown:
             for told in self.on_void:

@@ -1,22 +1,29 @@
 """Numbers: the small numbers that layers, views and folders keep for ever, so that inode numbers survive restarts."""
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from fsmount.cache.folder import from_sqlite_error
-from fsmount.errors import FsmountError
+from fsmount.cache.listings import Listings
+from fsmount.cache.state import State
 from fsmount.oci.digest import Digest
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS layers (number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE);
-CREATE TABLE IF NOT EXISTS views (number INTEGER PRIMARY KEY AUTOINCREMENT,
-    app TEXT NOT NULL, name TEXT NOT NULL, origin TEXT NOT NULL, digest TEXT);
-CREATE INDEX IF NOT EXISTS views_by_name ON views (app, name, origin);
-CREATE TABLE IF NOT EXISTS folders (number INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT NOT NULL UNIQUE);
-"""
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The folder that a view shows, once it cannot change any more: `directory` of the tree of `image`.
+
+    `created_ns` is when the image was made, if that says it.
+    """
+
+    image: Digest
+    directory: int
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    created_ns: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,118 +39,168 @@ class ViewRecord:
     name: str
     origin: str
     digest: Digest | None
+    root: Root | None = None
 
 
 class Numbers:
     """Hands out numbers, the same for the same name, in every process and after every restart.
 
-    A number is never given twice: the kernel caches by it.
+    A number is never given twice: the kernel caches by it. And what a number stands for can be found by any process:
+    the kernel may ask about one that this process has never given out.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: FsmountError when the file is damaged or cannot be written, NoSpace. So do all methods."""
-        self._path = path
-        try:
-            self._connection = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, timeout=10
-            )
-            self._connection.executescript(
-                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;"
-            )
-        except sqlite3.Error as error:
-            raise self._failure(error) from error
+        """Raises: FsmountError when the file cannot be used, NoSpace. So do all methods."""
+        self._state = State(path)
+        facts = dict(self._state.rows("SELECT name, value FROM facts"))
+        #: Of these numbers: with another identity they mean something else, and no kernel may mix the two.
+        self.identity = str(facts["identity"])
+        #: When they began, in nanoseconds of the epoch.
+        self.began_ns = int(facts["began_ns"])
+        #: What folders that may change have listed.
+        self.listings = Listings(self._state)
 
     def close(self) -> None:
-        self._connection.close()
+        self._state.close()
 
-    def _execute(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
-        try:
-            return self._connection.execute(statement, values)
-        except sqlite3.Error as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: sqlite3.Error) -> FsmountError:
-        remedy = "With every fsmount process of this cache stopped, remove that file; it is made anew."
-        return from_sqlite_error(error, self._path, remedy=remedy)
+    # Layers
 
     def layer(self, key: str) -> int:
-        return self._number("layers", "key", (key,))
+        return self._number("layers", "key", key)
 
-    def retire_layer(self, key: str) -> None:
-        """The next `layer(key)` is a new number: no page the kernel cached under the old one is seen again."""
-        self._execute("DELETE FROM layers WHERE key = ?", (key,))
+    def renew_layer(self, key: str) -> int:
+        """Another number for a layer: no page the kernel cached under the old one is seen again."""
+        with self._state.transaction():
+            row = self._state.row("SELECT number FROM layers WHERE key = ?", key)
+            self._state.write("DELETE FROM layers WHERE key = ?", key)
+            number = self._state.write("INSERT INTO layers (key) VALUES (?)", key)
+            if row is not None:
+                self._state.write("UPDATE shown SET layer = ? WHERE layer = ?", number, row[0])
+                self._state.write("DELETE FROM unverified WHERE layer = ?", row[0])
+        return number
 
     def layer_key(self, number: int) -> str | None:
-        row = self._execute("SELECT key FROM layers WHERE number = ?", (number,)).fetchone()
-        return None if row is None else str(row[0])
+        return self._name("layers", "key", number)
+
+    def numbering(self, number: int) -> str | None:
+        """The numbering of members (LayerIndex.numbering) by which those of a layer were shown; None if none were."""
+        return self._name("layers", "numbering", number)
+
+    def keep_numbering(self, number: int, numbering: str) -> None:
+        """Says by which numbering the members of a layer are shown."""
+        self._state.write("UPDATE layers SET numbering = ? WHERE number = ?", numbering, number)
+
+    def note_shown(self, view: int, layers: Collection[int]) -> None:
+        """Takes note that a view shows some layers, so that these can be found by their numbers."""
+        known = {row[0] for row in self._state.rows("SELECT layer FROM shown WHERE view = ?", view)}
+        missing = [(number, view) for number in layers if number not in known]
+        if missing:
+            self._state.write_many("INSERT OR IGNORE INTO shown VALUES (?, ?)", missing)
+
+    def views_of(self, layer: int) -> list[ViewRecord]:
+        """The views that show a layer, the latest first."""
+        where = "v.number IN (SELECT view FROM shown WHERE layer = ?) ORDER BY v.number DESC"
+        return self._views(where, layer)
+
+    # What a kernel was shown of a layer that nobody had verified
+
+    def unverified(self, mount: str) -> set[int]:
+        """The layers of which the kernel of a mount may hold bytes that nobody had verified."""
+        return {row[0] for row in self._state.rows("SELECT layer FROM unverified WHERE mount = ?", mount)}
+
+    def note_unverified(self, mount: str, layer: int) -> None:
+        self._state.write("INSERT OR IGNORE INTO unverified VALUES (?, ?)", mount, layer)
+
+    def forget_unverified(self, mount: str, layer: int | None = None) -> None:
+        """Of one layer, or of all that the mount shows."""
+        self._state.write("DELETE FROM unverified WHERE mount = ? AND layer = ifnull(?, layer)", mount, layer)
+
+    # Folders
 
     def folder(self, path: str) -> int:
-        return self._number("folders", "path", (path,))
+        return self._number("folders", "path", path)
 
     def folder_path(self, number: int) -> str | None:
-        row = self._execute("SELECT path FROM folders WHERE number = ?", (number,)).fetchone()
-        return None if row is None else str(row[0])
+        return self._name("folders", "path", number)
+
+    # Views
+
+    def view(self, number: int) -> ViewRecord | None:
+        views = self._views("v.number = ?", number)
+        return views[0] if views else None
 
     def latest_view(self, app: str, name: str, origin: str) -> ViewRecord | None:
         """The view that was last given to this name."""
-        query = f"SELECT {_VIEW} FROM views WHERE app = ? AND name = ? AND origin = ? ORDER BY number DESC LIMIT 1"
-        return _view(self._execute(query, (app, name, origin)).fetchone())
+        where = "app = ? AND name = ? AND origin = ? ORDER BY v.number DESC LIMIT 1"
+        views = self._views(where, app, name, origin)
+        return views[0] if views else None
+
+    def bound_views(self, app: str, origin: str) -> list[ViewRecord]:
+        """Of every name of an app its latest view, where that says what it shows."""
+        where = (
+            "v.number IN (SELECT max(number) FROM views WHERE app = ? AND origin = ? GROUP BY name)"
+            " AND digest IS NOT NULL ORDER BY v.number"
+        )
+        return self._views(where, app, origin)
 
     def new_view(self, app: str, name: str, origin: str, digest: Digest | None) -> ViewRecord:
-        cursor = self._execute(
-            "INSERT INTO views (app, name, origin, digest) VALUES (?, ?, ?, ?)",
-            (app, name, origin, None if digest is None else str(digest)),
+        values = app, name, origin, None if digest is None else str(digest)
+        number = self._state.write(
+            "INSERT INTO views (app, name, origin, digest) VALUES (?, ?, ?, ?)", *values
         )
-        assert cursor.lastrowid is not None
-        return ViewRecord(cursor.lastrowid, app, name, origin, digest)
+        return ViewRecord(number, app, name, origin, digest)
 
     def name_view(self, app: str, name: str, origin: str, digest: Digest | None) -> ViewRecord:
         """What a name stands for now: its latest view, if that shows the digest or nothing yet; else a new one."""
-        with self._transaction():
+        with self._state.transaction():
             latest = self.latest_view(app, name, origin)
             if latest is None or latest.digest not in (None, digest):
                 return self.new_view(app, name, origin, digest)
             return latest if digest is None else self.bind_view(latest.number, digest)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """What no other process may see half of, or do meanwhile."""
-        self._execute("BEGIN IMMEDIATE", ())
-        try:
-            yield
-            self._execute("COMMIT", ())
-        except BaseException:
-            with suppress(sqlite3.Error):  # SQLite itself may have undone it
-                self._connection.execute("ROLLBACK")
-            raise
-
     def bind_view(self, number: int, digest: Digest) -> ViewRecord:
         """Says what a view shows, if nobody has said it yet; returns what holds."""
-        update = "UPDATE views SET digest = ? WHERE number = ? AND digest IS NULL"
-        self._execute(update, (str(digest), number))
+        self._state.write(
+            "UPDATE views SET digest = ? WHERE number = ? AND digest IS NULL", str(digest), number
+        )
         record = self.view(number)
         assert record is not None
         return record
 
-    def view(self, number: int) -> ViewRecord | None:
-        return _view(self._execute(f"SELECT {_VIEW} FROM views WHERE number = ?", (number,)).fetchone())
+    def keep_root(self, record: ViewRecord, root: Root) -> ViewRecord:
+        """Says what the folder of a view is like, for ever; returns the view with it."""
+        values = root.directory, root.mode, root.uid, root.gid, root.mtime_ns, root.created_ns
+        insert = "INSERT OR REPLACE INTO roots VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        self._state.write(insert, record.number, str(root.image), *values)
+        return replace(record, root=root)
 
-    def _number(self, table: str, columns: str, values: tuple[object, ...]) -> int:
-        condition = " AND ".join(f"{column} = ?" for column in columns.split(", "))
-        select = f"SELECT number FROM {table} WHERE {condition}"
-        row = self._execute(select, values).fetchone()
+    def _views(self, where: str, *values: object) -> list[ViewRecord]:
+        query = (
+            "SELECT v.number, app, name, origin, digest, image, directory, mode, uid, gid, mtime_ns, created_ns"
+            f" FROM views v LEFT JOIN roots r ON r.view = v.number WHERE {where}"
+        )
+        return [_view(*row) for row in self._state.rows(query, *values)]
+
+    # All of them
+
+    def _number(self, table: str, column: str, value: str) -> int:
+        select = f"SELECT number FROM {table} WHERE {column} = ?"
+        row = self._state.row(select, value)
         if row is None:
-            marks = ", ".join("?" for _ in values)
-            self._execute(f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})", values)
-            row = self._execute(select, values).fetchone()
+            self._state.write(f"INSERT OR IGNORE INTO {table} ({column}) VALUES (?)", value)
+            row = self._state.row(select, value)
+            assert row is not None
         return int(row[0])
 
+    def _name(self, table: str, column: str, number: int) -> str | None:
+        row = self._state.row(f"SELECT {column} FROM {table} WHERE number = ?", number)
+        return None if row is None or row[0] is None else str(row[0])
 
-_VIEW = "number, app, name, origin, digest"
 
-
-def _view(row: tuple[int, str, str, str, str | None] | None) -> ViewRecord | None:
-    if row is None:
-        return None
-    number, app, name, origin, digest = row
-    return ViewRecord(number, app, name, origin, None if digest is None else Digest.parse(digest))
+def _view(
+    number: int, app: str, name: str, origin: str, digest: str | None, image: str | None, *root: Any
+) -> ViewRecord:
+    shown = None if digest is None else Digest.parse(digest)
+    return ViewRecord(
+        number, app, name, origin, shown, None if image is None else Root(Digest.parse(image), *root)
+    )

@@ -3,26 +3,18 @@
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-from fsmount.cache.folder import from_sqlite_error
+from fsmount.cache import state
 from fsmount.oci.digest import Digest
 
 #: Paths of one app, at most; of more, those go first that were missed most often, then those read longest ago.
 MOST_PATHS = 20_000
 #: A path that so many recordings in a row have missed is forgotten.
 _FORGOTTEN_AFTER = 3
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS warm_apps (number INTEGER PRIMARY KEY, app TEXT NOT NULL, origin TEXT NOT NULL,
-    UNIQUE (app, origin));
-CREATE TABLE IF NOT EXISTS warm_tags (app INTEGER, digest TEXT, PRIMARY KEY (app, digest)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS warm_paths (app INTEGER, path BLOB, layer INTEGER, member INTEGER, recording INTEGER,
-    missed INTEGER, PRIMARY KEY (app, path)) WITHOUT ROWID;
-"""
 
 #: What a path showed when it was last read: the number of a layer, and a member of it.
 Shown: TypeAlias = tuple[int, int]
@@ -36,17 +28,11 @@ class WarmSets:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: FsmountError when the file is damaged or cannot be written, NoSpace. So do all methods."""
+        """Raises: FsmountError when the file cannot be used, NoSpace. So do all methods."""
         self._path = path
         # Several threads use the connection, and closing it under one of them ends the whole process.
         self._lock = threading.RLock()
-        with self._using():
-            self._connection = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, timeout=10
-            )
-            self._connection.executescript(
-                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;"
-            )
+        self._connection = state.connect(path)
 
     def close(self) -> None:
         with self._using():
@@ -113,15 +99,8 @@ class WarmSets:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """What no other process may see half of, or do meanwhile."""
-        with self._using():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):  # SQLite itself may have undone it
-                    self._connection.execute("ROLLBACK")
-                raise
+        with self._using(), state.transaction(self._connection):
+            yield self._connection
 
     @contextmanager
     def _using(self) -> Iterator[None]:
@@ -130,5 +109,4 @@ class WarmSets:
             with self._lock:
                 yield
         except sqlite3.Error as error:
-            remedy = "With every fsmount process of this cache stopped, remove that file; it is made anew."
-            raise from_sqlite_error(error, self._path, remedy=remedy) from error
+            raise state.failure(error, self._path) from error

@@ -134,9 +134,15 @@ def test_it_may_be_closed_while_another_thread_uses_it(path: Path, sets: WarmSet
         thread.join()
 
 
-def test_a_damaged_file_is_an_error_that_names_it(path: Path) -> None:
-    path.write_bytes(b"no database" * 1000)
-    with pytest.raises(FsmountError, match=str(path)) as caught:
-        WarmSets(path)
+def test_a_damaged_file_is_an_error_that_names_it_and_then_begins_anew(path: Path) -> None:
+    with closing(WarmSets(path)) as sets:
+        sets.save(*WEB, {b"%d" % number: (1, number) for number in range(3000)})
+    data = bytearray(path.read_bytes())
+    data[16384:] = b"no database" * ((len(data) - 16384) // 11 + 1)
+    path.write_bytes(data)
+    with closing(WarmSets(path)) as sets, pytest.raises(FsmountError, match=str(path)) as caught:
+        sets.paths(*WEB)
     assert caught.value.remedy is not None
     assert isinstance(caught.value.__cause__, sqlite3.Error)
+    with closing(WarmSets(path)) as sets:
+        assert sets.paths(*WEB) == {}
