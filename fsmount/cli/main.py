@@ -14,8 +14,9 @@ from fsmount.cli.background import announce_failure
 from fsmount.cli.output import printable
 from fsmount.errors import FsmountError
 
-#: Every command with its line in the help. It is the click command `name` in the module `fsmount.cli.name`, which is
-#: imported when it is asked for: trio, httpx and pydantic take 100 ms each, and `fsmount --help` 100 ms in all.
+#: Every command with its line in the help. It is the click command `name` in the module `fsmount.cli.name` (a hyphen
+#: is an underscore there), which is imported when it is asked for: trio, httpx and pydantic take 100 ms each, and
+#: `fsmount --help` 100 ms in all.
 COMMANDS = {
     "mount": "Mount the configured apps.",
     "unmount": "Unmount what fsmount serves at a mount point.",
@@ -32,6 +33,7 @@ COMMANDS = {
     "auth": "Show where the credentials for a registry come from.",
     "demo": "Show in half a minute what fsmount does.",
     "config": "Look at the configuration.",
+    "install-units": "Have a mount at boot: systemd units, fstab, configuration.",
     "version": "Print the version.",
 }
 
@@ -48,7 +50,8 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in COMMANDS:
-            command: click.Command = getattr(importlib.import_module(f"fsmount.cli.{cmd_name}"), cmd_name)
+            name = cmd_name.replace("-", "_")
+            command: click.Command = getattr(importlib.import_module(f"fsmount.cli.{name}"), name)
             return command
         if not ctx.resilient_parsing:
             near = get_close_matches(cmd_name, COMMANDS, 1)
