@@ -1,4 +1,4 @@
-"""status: how a running mount is: its cache, apps and layers, as it says itself."""
+"""status: how a running mount is: its process, cache, apps and layers, as it says itself."""
 
 from __future__ import annotations
 
@@ -8,68 +8,89 @@ from typing import Any
 
 import click
 
+from fsmount.cli.asking import ask
 from fsmount.cli.options import ConfigOptions, config_options
 from fsmount.cli.output import printable
 
 
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--json", "as_json", is_flag=True, envvar="FSMOUNT_JSON", help="For programs.")
-@click.option("--metrics", is_flag=True, help="For Prometheus: its text format.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "metrics"]),
+    envvar="FSMOUNT_FORMAT",
+    help="For people, programs or Prometheus.  [default: table]",
+)
+@click.option("--json", "as_json", is_flag=True, envvar="FSMOUNT_JSON", help="The same as --format json.")
 @config_options
-def status(options: ConfigOptions, mountpoint: Path | None, as_json: bool, metrics: bool) -> None:
+def status(options: ConfigOptions, mountpoint: Path | None, form: str | None, as_json: bool) -> None:
     """Show how the mount at MOUNTPOINT is; without it, the one of the configuration."""
-    if as_json and metrics:
-        raise click.UsageError("--json and --metrics are two forms of the same; choose one")
+    form = form or ("json" if as_json else "table")
     mountpoint = (mountpoint or options.load().mountpoint).absolute()
-    said = _ask(mountpoint, "/metrics" if metrics else "/status").decode(errors="replace")
-    if metrics:
+    said = ask(mountpoint, "/metrics" if form == "metrics" else "/status").decode(errors="replace")
+    if form == "metrics":
         click.echo(printable(said), nl=False)
-    elif as_json:
+    elif form == "json":
         # Read and written anew: whoever's mount it is, this is JSON, and steers no terminal.
         click.echo(json.dumps(json.loads(said), indent=2))
     else:
         click.echo(printable(_table(json.loads(said))))
 
 
-def _ask(mountpoint: Path, path: str) -> bytes:
-    import trio
-
-    from fsmount import control
-    from fsmount.errors import NotRunning
-    from fsmount.fuse import mounts
-
-    mount = mounts.find(mountpoint)
-    if mount is None:
-        raise NotRunning(f"nothing is mounted at {mountpoint}")
-    if not mounts.is_ours(mount):
-        raise NotRunning(f"what is mounted at {mountpoint} is not fsmount's, but of type {mount.fstype}")
-    return trio.run(control.ask, mount, path)
-
-
 def _table(status: dict[str, Any]) -> str:
-    cache, layers = status["cache"], status["layers"]
-    lines = [
-        f"{status['mountpoint']}: fsmount {status['fsmount']}, process {status['pid']},"
-        f" since {_time(status['started'])}",
-        f"cache {cache['path']}: {_size(cache['stored'])} of {_size(cache['limit'])}",
-        "",
-        f"{len(status['apps'])} apps:",
-    ]
+    layers = status["layers"]
+    lines = [f"{status['mountpoint']}: {status['summary']}", *_process(status)]
+    if cache := status["cache"]:
+        lines.append(f"cache {cache['path']}: {_size(cache['stored'])} of {_size(cache['limit'])}")
+    if error := status["last_error"]:
+        lines.append(f"last error, at {_time(error['at'])}: {error['message']}")
+    lines += ["", f"{len(status['apps'])} apps:"]
     for app in status["apps"]:
         lines.append(f"  {app['name']}: {app['source']}")
         if trouble := app["trouble"]:
-            when = "it has answered since" if trouble["is_over"] else "it has not answered since"
+            when = "it has answered since" if trouble["is_over"] else f"since {_time(trouble['since'])}"
             lines.append(f"    at {_time(trouble['at'])}: {trouble['message']} ({when})")
     for rate in status["rate_limits"]:
         limit = f" of {rate['limit']}" if rate["limit"] is not None else ""
         lines.append(f"  {rate['server']} allows {rate['remaining']}{limit} more pulls")
+    for server in status["servers"]:
+        lines.append(
+            f"  {server['server']}: {server['requests']} requests, {server['retries']} of them again"
+        )
+    if status["operations"]:
+        lines += ["", "operations:", *map(_operation, status["operations"])]
     fetched = sum(layer["fetched"] for layer in layers)
     spared = sum(layer["spared"] or 0 for layer in layers)
     lines += ["", f"{len(layers)} layers: {_size(fetched)} fetched, {_size(spared)} need not be here"]
     for layer in layers:
         lines += _layer(layer)
     return "\n".join(lines)
+
+
+def _process(status: dict[str, Any]) -> list[str]:
+    process = status["process"]
+    line = f"fsmount {status['fsmount']}, process {process['pid']} since {_time(status['started'])}"
+    if process["holder"] is not None:
+        line += f", held by {process['holder']}"
+    if process["starts"] == 1:
+        return [line]
+    death = f"; {process['last_death']}" if process["last_death"] else ""
+    return [line, f"it is the {_ordinal(process['starts'])} that serves this mount{death}"]
+
+
+def _ordinal(number: int) -> str:
+    tens, ones = divmod(number % 100, 10)
+    return f"{number}{'th' if tens == 1 else {1: 'st', 2: 'nd', 3: 'rd'}.get(ones, 'th')}"
+
+
+def _operation(operation: dict[str, Any]) -> str:
+    count = operation["count"]
+    mean = operation["seconds"] / count * 1000
+    slow = sum(operation["classes"][3:])
+    line = f"  {operation['name']:<12}{count:>10}, {mean:.2f} ms on average, {slow} over 100 ms"
+    errors = ", ".join(f"{count} {name}" for name, count in sorted(operation["errors"].items()))
+    return f"{line}; {errors}" if errors else line
 
 
 def _layer(layer: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import trio
@@ -34,6 +35,7 @@ from fsmount.fuse.protocol import (
     parse_request,
     reply,
 )
+from fsmount.fuse.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,12 @@ class Deadlines:
 
 
 async def answer_requests(
-    device: int, handlers: Handlers, deadlines: Deadlines, *, leave: trio.Event | None = None
+    device: int,
+    handlers: Handlers,
+    deadlines: Deadlines,
+    *,
+    leave: trio.Event | None = None,
+    tally: Tally | None = None,
 ) -> bool:
     """Answers what comes from device, a mounted /dev/fuse that does not block, until it is unmounted.
 
@@ -90,13 +97,13 @@ async def answer_requests(
     it to end: SIGKILL, SIGTERM, SIGINT, SIGQUIT or SIGHUP.
 
     leave: once that is set no more are taken, and this returns when those that were have been answered, or a few
-    seconds later. Says whether all have been.
+    seconds later. Says whether all have been. tally: where they are counted.
 
     Cancellation: requests that are under way stay unanswered; closing the last descriptor fails them.
     """
     leave = trio.Event() if leave is None else leave
     async with trio.open_nursery() as nursery:
-        loop = _Loop(device, handlers, deadlines, nursery)
+        loop = _Loop(device, handlers, deadlines, tally or Tally(), nursery)
         async with trio.open_nursery() as reading:
 
             async def stop_reading() -> None:
@@ -122,10 +129,13 @@ class _Waiting(NamedTuple):
 
 
 class _Loop:
-    def __init__(self, device: int, handlers: Handlers, deadlines: Deadlines, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, device: int, handlers: Handlers, deadlines: Deadlines, tally: Tally, nursery: trio.Nursery
+    ) -> None:
         self._device = device
         self._handlers = handlers
         self._deadlines = deadlines
+        self._tally = tally
         self._nursery = nursery
         self._buffer = bytearray(BUFFER_SIZE)
         self._journal = Journal()
@@ -167,6 +177,7 @@ class _Loop:
 
     def _handle(self) -> None:
         """Answers the request in the buffer, or starts the task that will."""
+        began = perf_counter()
         request = parse_request(self._buffer)
         opcode, unique = request.opcode, request.unique
         if opcode == Opcode.INTERRUPT:
@@ -176,12 +187,13 @@ class _Loop:
             answer = self._call(opcode, request.inode, request.length)
             if isinstance(answer, bytes | Attributes):
                 self._reply(unique, _packed(opcode, answer))
+                self._tally.note(opcode, began)
             elif answer is not None:
                 # Here and not in the task: its caller may give up before it has begun.
                 waiting = self._waiting[unique] = _Waiting(trio.CancelScope(), request.pid)
-                self._nursery.start_soon(self._wait, opcode, unique, answer, waiting.scope)
+                self._nursery.start_soon(self._wait, opcode, unique, began, answer, waiting.scope)
         except Exception as error:
-            self._fail(opcode, unique, error)
+            self._fail(opcode, unique, began, error)
 
     def _call(self, opcode: int, inode: int, length: int) -> Answer[Attributes] | Answer[bytes] | None:
         """What the handler says; None if there is nothing to be answered."""
@@ -210,6 +222,7 @@ class _Loop:
         self,
         opcode: int,
         unique: int,
+        began: float,
         answer: Coroutine[None, None, Attributes | bytes],
         scope: trio.CancelScope,
     ) -> None:
@@ -217,11 +230,12 @@ class _Loop:
         try:
             with scope, trio.move_on_after(seconds) as deadline:
                 self._reply(unique, _packed(opcode, await answer))
+                self._tally.note(opcode, began)
                 return
         except Exception as error:
             # Out here: a nursery of the handler's may have joined its failure with our cancellation, and only the
             # end of the scopes takes that out of the group.
-            self._fail(opcode, unique, _without_group(error))
+            self._fail(opcode, unique, began, _without_group(error))
             return
         finally:
             del self._waiting[unique]
@@ -229,8 +243,8 @@ class _Loop:
         code = errno.EINTR
         if deadline.cancelled_caught:
             code = errno.ETIMEDOUT
-            self._journal.note_failure(_name(opcode), code, f"no answer within {seconds:g} s")
-        self._write(error_reply(unique, code))
+            self._note_failure(opcode, code, f"no answer within {seconds:g} s")
+        self._refuse(opcode, unique, began, code)
 
     def _interrupt(self, unique: int, interrupted: int) -> None:
         """The kernel says so, once, for every signal that the caller has a handler for; most do not end its wait.
@@ -250,7 +264,7 @@ class _Loop:
         await trio.sleep(_AGAIN_SECONDS)
         self._write(error_reply(unique, errno.EAGAIN))
 
-    def _fail(self, opcode: int, unique: int, error: Exception) -> None:
+    def _fail(self, opcode: int, unique: int, began: float, error: Exception) -> None:
         match error:
             case Refusal(errno=code):
                 pass
@@ -258,11 +272,20 @@ class _Loop:
                 if code == errno.ENOENT and opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
                     # readdir(3) takes ENOENT for the end: the folder would look empty.
                     code = errno.ENODATA
-                self._journal.note_failure(_name(opcode), code, error.message)
+                self._note_failure(opcode, code, error.message)
             case _:
                 code = errno.EIO
+                self._tally.note_failure(f"{_name(opcode)} failed unexpectedly: {type(error).__qualname__}")
                 self._journal.note_bug(_name(opcode), error)
+        self._refuse(opcode, unique, began, code)
+
+    def _note_failure(self, opcode: int, code: int, message: str) -> None:
+        self._tally.note_failure(f"{_name(opcode)}: {errno.errorcode.get(code, code)}: {message}")
+        self._journal.note_failure(_name(opcode), code, message)
+
+    def _refuse(self, opcode: int, unique: int, began: float, code: int) -> None:
         self._write(error_reply(unique, code))
+        self._tally.note_error(opcode, began, code)
 
     def _reply(self, unique: int, data: bytes) -> None:
         self._write(reply(unique, len(data)), data)

@@ -20,7 +20,7 @@ from fsmount.registry.layout import Layout
 from fsmount.registry.proxies import Proxies
 from fsmount.registry.remote import Remote
 from fsmount.registry.retry import Retry
-from fsmount.registry.server import RateLimit, Server
+from fsmount.registry.server import Asked, RateLimit, Server
 from fsmount.registry.source import Source
 from fsmount.registry.standing import Standing
 from fsmount.registry.transport import Timeouts, Transports
@@ -122,6 +122,16 @@ class Sources:
         """What servers have said of the pulls that are left, by their names."""
         servers = self._servers.values()
         return {server.domain: server.rate_limit for server in servers if server.rate_limit}
+
+    def asked(self) -> Mapping[str, Asked]:
+        """How many requests servers were sent, by their names."""
+        found: dict[str, Asked] = {}
+        for server in self._servers.values():
+            before = found.get(server.domain, Asked(0, 0))
+            found[server.domain] = Asked(
+                before.requests + server.asked.requests, before.retries + server.asked.retries
+            )
+        return found
 
     def standing(self, source: Source) -> Standing | None:
         """What became of asking a repository; None of a layout, which asks nobody."""

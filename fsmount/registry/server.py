@@ -39,6 +39,14 @@ class RateLimit:
     source: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How many requests were sent, and how many of them were a further try. Tokens and redirects do not count."""
+
+    requests: int
+    retries: int
+
+
 class Server:
     """Sends requests to one server; shared by all repositories on it, with their tokens."""
 
@@ -48,6 +56,7 @@ class Server:
         self.retry = retry
         self.limits = wire.limits
         self.rate_limit: RateLimit | None = None
+        self.asked = Asked(0, 0)
         self.health = Health()
         self._wire = wire
         self._tls = endpoint.tls
@@ -85,7 +94,12 @@ class Server:
             file of credentials, or of a certificate).
         """
 
+        is_again = False
+
         async def attempt() -> Answer:
+            nonlocal is_again
+            self.asked = Asked(self.asked.requests + 1, self.asked.retries + is_again)
+            is_again = True
             answer = await self._held(
                 lambda: self._anywhere(method, path, headers or {}, access, content, signed, stay)
             )

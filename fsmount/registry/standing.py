@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import trio
@@ -15,11 +15,16 @@ _SILENT_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """The last time that a repository could not be asked. `is_over`: it has answered since."""
+    """The last time that a repository could not be asked. `is_over`: it has answered since.
+
+    `since`: when it began not to answer, as far as it was asked. `is_refusal`: it did answer, but will not have us.
+    """
 
     at: datetime
     message: str
-    is_over: bool = False
+    is_over: bool
+    since: datetime
+    is_refusal: bool
 
 
 class Standing:
@@ -29,14 +34,13 @@ class Standing:
         """name: the repository's, for messages."""
         self.failures = 0
         self._name = name
-        self._failed_at: datetime | None = None
-        self._message = ""
+        self._trouble: Trouble | None = None
         self._is_good = True
 
     @property
     def trouble(self) -> Trouble | None:
         """None if there never was any."""
-        return None if self._failed_at is None else Trouble(self._failed_at, self._message, self._is_good)
+        return None if self._trouble is None else replace(self._trouble, is_over=self._is_good)
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -46,7 +50,7 @@ class Standing:
             yield
         except FsmountError as error:
             if error.transient or isinstance(error, AccessDenied):
-                self._note(error.message)
+                self._note(error.message, is_refusal=not error.transient)
             else:
                 self._is_good = True
             raise
@@ -62,8 +66,9 @@ class Standing:
         if self._is_good:
             self._note(error.message)
 
-    def _note(self, message: str) -> None:
+    def _note(self, message: str, *, is_refusal: bool = False) -> None:
+        now = datetime.now(UTC)
+        since = now if self._trouble is None or self._is_good else self._trouble.since
         self.failures += 1
-        self._failed_at = datetime.now(UTC)
-        self._message = message
+        self._trouble = Trouble(now, message, is_over=False, since=since, is_refusal=is_refusal)
         self._is_good = False

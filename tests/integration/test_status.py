@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +18,7 @@ from tests import peers
 from tests.fakes.front import CountingProxy, Fault
 from tests.fakes.tar import Member, archive
 from tests.integration.program import daemon, fsmount, kill, mounted, wait_until
-from tests.unit.test_status import parse
+from tests.unit.test_metrics import parse
 
 pytestmark = [
     pytest.mark.integration,
@@ -69,9 +69,9 @@ def status(mountpoint: Path, work: Path) -> dict[str, Any]:
     return found
 
 
-def metrics(mountpoint: Path, work: Path) -> dict[str, dict[str, int]]:
-    said = fsmount("status", mountpoint, "--metrics", cache=work / "cache").stdout.decode()
-    return {name: dict(samples) for name, samples in parse(said).items()}
+def metrics(mountpoint: Path, work: Path) -> Mapping[str, Mapping[str, float]]:
+    said = fsmount("status", mountpoint, "--format", "metrics", cache=work / "cache").stdout.decode()
+    return parse(said, str(mounts.resolve(mountpoint)))
 
 
 def socket_of(mountpoint: Path) -> Path:
@@ -84,8 +84,8 @@ def test_a_lazy_read_shows_what_was_fetched_and_what_was_spared(registry: peers.
         config += f'[registries."{proxy.host}"]\nplain_http = true\n'
         with mounted(work, config=config) as mountpoint:
             path = socket_of(mountpoint)
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-            assert stat.S_IMODE(_RUN.stat().st_mode) == 0o700
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+            assert stat.S_IMODE(_RUN.stat().st_mode) in (0o700, 0o750)
             assert status(mountpoint, work)["layers"] == []
 
             assert (mountpoint / "web/v1/file3").read_bytes() == _FILES["file3"]
@@ -152,7 +152,9 @@ def test_a_registry_that_is_away_is_told_until_it_is_back(registry: peers.Regist
         assert registry.host in trouble["message"] and "cannot be reached" in trouble["message"]
         assert metrics(mountpoint, work)["fsmount_source_up"] == {'app="web"': 0}
         table = fsmount("status", mountpoint, cache=work / "cache").stdout.decode()
-        assert "cannot be reached" in table and "has not answered since" in table
+        assert table.startswith(f"{mounts.resolve(mountpoint)}: degraded, registry unreachable since ")
+        assert "cannot be reached" in table
+        assert metrics(mountpoint, work)["fsmount_state"]['state="degraded"'] == 1
         registry.start()
 
         def is_over() -> bool:
@@ -162,6 +164,7 @@ def test_a_registry_that_is_away_is_told_until_it_is_back(registry: peers.Regist
 
         assert wait_until(is_over)
         assert metrics(mountpoint, work)["fsmount_source_up"] == {'app="web"': 1}
+        assert status(mountpoint, work)["summary"] == "serving 1 app"
 
 
 def _trouble(mountpoint: Path, work: Path) -> dict[str, Any] | None:
@@ -186,8 +189,11 @@ def test_the_mount_of_the_configuration_is_asked_unless_another_is_named(work: P
     with mounted(work, config=f'mountpoint = "{work / "mnt"}"\n') as mountpoint:
         options = ["--config", work / "config.toml"]
         assert str(mountpoint) in fsmount("status", *options, cache=work / "cache").stdout.decode()
-        failed = fsmount("status", *options, "--json", "--metrics", cache=work / "cache", code=2)
-        assert b"choose one" in failed.stderr
+        for form in (["--json"], ["--format", "json"]):
+            said = fsmount("status", *options, *form, cache=work / "cache").stdout
+            assert json.loads(said)["mountpoint"] == str(mountpoint)
+        failed = fsmount("status", *options, "--format", "xml", cache=work / "cache", code=2)
+        assert b"'table', 'json', 'metrics'" in failed.stderr
 
 
 def test_where_nothing_of_ours_is_mounted_the_exit_code_is_3(work: Path) -> None:

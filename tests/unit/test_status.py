@@ -1,12 +1,15 @@
 """What a mount says of itself: that it is true, and how it is written down."""
 
+import errno
 import json
+import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import trio
@@ -15,11 +18,15 @@ from fsmount import metrics
 from fsmount.archive.estargz import TOC_DIGEST
 from fsmount.configfile import load_config
 from fsmount.engine import Engine, open_engine
+from fsmount.errors import AccessDenied, FsmountError, NotFound, Unreachable
 from fsmount.fetch import RANGES_IGNORED
+from fsmount.fuse.protocol import Opcode
+from fsmount.fuse.tally import Tally
 from fsmount.layer import Layer
 from fsmount.lazy import LayerSpec
 from fsmount.policy import Indexes
-from fsmount.status import AppStatus, LayerStatus, Observer, RateStatus, Status, TroubleStatus, as_json
+from fsmount.status import Observer, Process, State, Status, as_json
+from fsmount.status.report import AppStatus, LayerStatus, ProcessStatus
 from tests.fakes.source import Body, FakeSource, Gate
 from tests.unit.test_lazy import (
     FORMS,
@@ -250,7 +257,7 @@ async def _is_fetched_whole(
         # As a counter, it stays.
         layer.close_index()
         text = metrics.as_text(await look(engine)).decode()
-        assert f'fsmount_layers_not_lazy_total{{reason="{reason}"}} 1\n' in text
+        assert re.search(rf'^fsmount_layers_not_lazy_total{{.*reason="{reason}"}} 1$', text, re.MULTILINE)
     return found
 
 
@@ -270,6 +277,92 @@ async def test_apps_are_told_with_their_sources_and_what_was_wrong(tmp_path: Pat
         assert trouble is not None and not trouble.is_over
         assert "127.0.0.1:1" in trouble.message
         assert abs((datetime.now(UTC) - datetime.fromisoformat(trouble.at)).total_seconds()) < 60
+        assert (trouble.since, trouble.is_refusal) == (trouble.at, False)
+
+
+async def test_servers_are_told_with_what_they_were_asked(tmp_path: Path) -> None:
+    async with engine_of(tmp_path, web="127.0.0.1:1/team/web") as engine:
+        assert (await look(engine)).servers == []
+        with pytest.raises(FsmountError):
+            await engine.catalog.tags(engine.catalog.apps["web"])
+        (server,) = (await look(engine)).servers
+        assert server.server == "127.0.0.1:1"
+        assert server.requests == server.retries + 1 > 1
+
+
+# -------------------- how it is
+
+
+async def test_a_mount_is_starting_until_it_is_ready_and_then_serving(tmp_path: Path) -> None:
+    async with engine_of(tmp_path, "web") as engine:
+        observer = Observer(engine, Path("/mnt"))
+        observer.is_ready = False
+        assert observer.state() == (State.STARTING, "starting")
+        observer.is_ready = True
+        assert observer.state() == (State.SERVING, "serving 1 app")
+        found = await observer.look()
+        assert (found.state, found.summary) == observer.state()
+
+
+async def test_while_the_source_of_an_app_is_away_the_mount_is_degraded_since_that_began(
+    tmp_path: Path,
+) -> None:
+    async with engine_of(tmp_path, "plain", web="127.0.0.1:1/team/web") as engine:
+        observer = Observer(engine, Path("/mnt"))
+        assert observer.state()[0] is State.SERVING
+        web = engine.catalog.apps["web"]
+        standing = engine.sources.standing(web.source)
+        assert standing is not None
+        for message in ("nobody answers", "still nobody answers"):
+            with pytest.raises(Unreachable), standing.asking():
+                raise Unreachable(message)
+        assert standing.trouble is not None
+        state, summary = observer.state()
+        assert state is State.DEGRADED
+        since = f"{standing.trouble.since:%Y-%m-%d %H:%M:%S} UTC"
+        assert summary == f"degraded, registry unreachable since {since}: still nobody answers (1 of 2 apps)"
+        with pytest.raises(NotFound), standing.asking():
+            raise NotFound("that is an answer")
+        assert observer.state() == (State.SERVING, "serving 2 apps")
+        with pytest.raises(AccessDenied), standing.asking():
+            raise AccessDenied("who are you?")
+        assert "registry refuses access since" in observer.state()[1]
+
+
+async def test_what_deaths_have_made_of_a_process_comes_before_its_sources(tmp_path: Path) -> None:
+    process = Process(holder=7, starts=6, last_death="killed by SIGKILL", mode=State.CACHE_ONLY)
+    async with engine_of(tmp_path, "web") as engine:
+        observer = Observer(engine, Path("/mnt"), process=process)
+        state, summary = observer.state()
+        assert state is State.CACHE_ONLY
+        assert summary == "cache-only, for several of its processes have died: killed by SIGKILL"
+        found = (await observer.look()).process
+        assert found == ProcessStatus(os.getpid(), 7, 6, "killed by SIGKILL")
+
+
+async def test_a_process_that_refuses_everything_can_still_be_asked(tmp_path: Path) -> None:
+    tally = Tally()
+    tally.note_error(Opcode.READ, perf_counter(), errno.EIO)
+    tally.note_failure("read: EIO: nothing is served")
+    observer = Observer(None, tmp_path, process=Process(mode=State.REFUSING), tally=tally)
+    found = await observer.look()
+    assert (found.state, found.cache, found.apps, found.layers) == (State.REFUSING, None, [], [])
+    assert found.last_error is not None and found.last_error.message == "read: EIO: nothing is served"
+    assert json.loads(as_json(found))["operations"][0]["errors"] == {"EIO": 1}
+    assert b"fsmount_cache" in metrics.as_text(found)
+
+
+async def test_what_the_kernel_has_asked_is_told_by_kind(tmp_path: Path) -> None:
+    tally = Tally()
+    now = perf_counter()
+    for began in (now, now - 0.5, now - 0.6):
+        tally.note(Opcode.READ, began)
+    async with engine_of(tmp_path) as engine:
+        observer = Observer(engine, Path("/mnt"), tally=tally)
+        (found,) = (await observer.look()).operations
+        assert (found.name, found.count, found.classes) == ("read", 3, [1, 0, 0, 2, 0, 0])
+        assert found.seconds == pytest.approx(1.1, abs=0.1)
+        assert (await observer.look()).last_error is None
 
 
 # -------------------- JSON
@@ -281,8 +374,11 @@ async def test_the_json_form_has_these_fields(tmp_path: Path, source: FakeSource
         said = json.loads(as_json(await look(engine)))
     assert said["version"] == 1
     assert list(said) == [
-        *("version", "pid", "fsmount", "mountpoint", "started", "cache", "apps", "rate_limits", "layers")
+        *("version", "state", "summary", "pid", "fsmount", "mountpoint", "started", "process", "cache"),
+        *("apps", "servers", "operations", "last_error", "rate_limits", "layers"),
     ]
+    assert (said["state"], said["summary"]) == ("serving", "serving 1 app")
+    assert said["process"] == {"pid": said["pid"], "holder": None, "starts": 1, "last_death": None}
     assert said["cache"] == {
         "path": str(tmp_path / "cache"),
         "limit": 20 * 10**9,
@@ -291,66 +387,3 @@ async def test_the_json_form_has_these_fields(tmp_path: Path, source: FakeSource
     assert said["cache"]["stored"] > len(TAR)
     assert list(said["layers"][0]) == [field.name for field in fields(LayerStatus)]
     assert datetime.fromisoformat(said["started"]).tzinfo is not None
-
-
-# -------------------- metrics
-
-_LABEL = r'[a-z_]+="(?:[^"\\\n]|\\[\\"n])*"'
-_SAMPLE = re.compile(rf"([a-z_]+)(?:\{{((?:{_LABEL},?)+)\}})? ([0-9]+)")
-
-
-def parse(text: str) -> Mapping[str, Mapping[str, int]]:
-    """Metrics by name and labels, read as strictly as the format is defined: types come first, once, and none mix."""
-    found: dict[str, dict[str, int]] = {}
-    assert text.endswith("\n")
-    for line in text.splitlines():
-        if line.startswith("# HELP "):
-            continue
-        if line.startswith("# TYPE "):
-            _, _, name, kind = line.split(" ")
-            assert name not in found and name.startswith("fsmount_")
-            assert (kind == "counter") == name.endswith("_total") and kind in ("counter", "gauge")
-            found[name] = {}
-            continue
-        sample = _SAMPLE.fullmatch(line)
-        assert sample is not None, line
-        assert sample[1] == list(found)[-1], "samples of a metric stand together, below its type"
-        assert (sample[2] or "") not in found[sample[1]]
-        found[sample[1]][sample[2] or ""] = int(sample[3])
-    return found
-
-
-async def test_the_metrics_say_what_the_status_does(tmp_path: Path, source: FakeSource) -> None:
-    async with engine_of(tmp_path) as engine:
-        lazy = engine.layers.get(FORMS["eStargz"].put(source), source)
-        await content(lazy, b"small/07")
-        await engine.layers.get(LayerSpec(put_gzip(source)), source).wait_complete()
-        engine.layers.get(LayerSpec(source.put_blob(b"nobody has asked for this")), source)
-        status = await look(engine)
-    found = parse(metrics.as_text(status).decode())
-    assert found["fsmount_build_info"] == {f'version="{status.fsmount}"': 1}
-    assert found["fsmount_cache_bytes"] == {"": status.cache.stored}
-    assert found["fsmount_cache_limit_bytes"] == {"": 20 * 10**9}
-    assert found["fsmount_layers"] == {
-        'read_as="eStargz",trust="bound"': 1,
-        'read_as="streamed",trust="certified"': 1,
-        'read_as="unknown",trust="unknown"': 1,
-    }
-    assert found["fsmount_layer_fetched_bytes_total"] == {"": sum(one.fetched for one in status.layers)}
-    assert found["fsmount_layer_spared_bytes"][""] > lazy.spec.descriptor.size / 2
-    assert found["fsmount_layers_not_lazy_total"] == {}
-
-
-async def test_no_name_breaks_the_format(tmp_path: Path) -> None:
-    async with engine_of(tmp_path) as engine:
-        status = await look(engine)
-    name = 'a "b"\\c\nd\udcff'
-    trouble = TroubleStatus("2024-01-01T00:00:00+00:00", "away", is_over=False)
-    rate = RateStatus("registry-1.docker.io", 100, 76, 21600, None)
-    status = replace(status, apps=[AppStatus(name, "s", 3, trouble)], rate_limits=[rate])
-    found = parse(metrics.as_text(status).decode())
-    written = r'app="a \"b\"\\c\nd?"'
-    assert found["fsmount_source_up"] == {written: 0}
-    assert found["fsmount_source_failures_total"] == {written: 3}
-    assert found["fsmount_pulls_remaining"] == {'server="registry-1.docker.io"': 76}
-    assert json.loads(as_json(status))["apps"][0]["name"] == name

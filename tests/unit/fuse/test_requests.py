@@ -9,6 +9,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import trio
@@ -17,6 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from fsmount.errors import Corrupt, NotFound
 from fsmount.fuse.protocol import BUFFER_SIZE, Attributes, Listing, Opcode, Refusal, absent, amended_init
 from fsmount.fuse.requests import Deadlines, Journal, answer_requests
+from fsmount.fuse.tally import Tally
 
 _FILE = Attributes(7, stat.S_IFREG | 0o644, 1, 2, 3, 0, 1000, -1_500_000_000, 5, 1.5, 86400.0)
 _OPEN, _RELEASE, _GETXATTR = 14, 18, 22
@@ -95,12 +97,15 @@ class Kernel:
 
 
 @asynccontextmanager
-async def serving(cases: Cases, deadlines: Deadlines | None = None) -> AsyncIterator[Kernel]:
+async def serving(
+    cases: Cases, deadlines: Deadlines | None = None, tally: Tally | None = None
+) -> AsyncIterator[Kernel]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         os.set_blocking(theirs.fileno(), False)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(answer_requests, theirs.fileno(), cases, deadlines or Deadlines())
+            answer = partial(answer_requests, theirs.fileno(), cases, deadlines or Deadlines(), tally=tally)
+            nursery.start_soon(answer)
             yield Kernel(ours)
             nursery.cancel_scope.cancel()
 
@@ -324,6 +329,52 @@ async def test_cancelling_the_loop_cancels_what_waits() -> None:
         kernel.send(Opcode.GETATTR)
         await wait_all_tasks_blocked()
     assert cases.cancelled == 1
+
+
+# -------------------- what is counted
+
+
+async def test_each_request_is_counted_once_when_it_is_answered(autojump_clock: MockClock) -> None:
+    tally, cases = Tally(), Cases()
+    async with serving(cases, Deadlines(names_seconds=2), tally) as kernel:
+        await kernel.ask(Opcode.READ, 9, _read_in(0, 512))
+        await kernel.ask(Opcode.LOOKUP, 9, b"name\0")
+        kernel.send(Opcode.FORGET, 9, bytes(8))
+        await kernel.ask(_OPEN, 9)
+        assert tally.failure is None
+        kernel.send(Opcode.GETATTR)
+        await wait_all_tasks_blocked()
+        assert "getattr" not in {one.name for one in tally.operations()}, "it waits yet"
+        await kernel.receive()
+        assert tally.failure.message == "getattr: ETIMEDOUT: no answer within 2 s"
+        for failure in (Corrupt("damaged"), Refusal(errno.ESTALE), KeyError("unforeseen")):
+            cases.failure = failure
+            await kernel.ask(Opcode.READ, 9, _read_in(0, 512))
+            await kernel.ask(Opcode.READLINK, 9)
+    found = {one.name: (sum(one.classes), one.errors) for one in tally.operations()}
+    assert found == {
+        "lookup": (1, {}),
+        "getattr": (1, {"ETIMEDOUT": 1}),
+        "read": (4, {"EBADMSG": 1, "ESTALE": 1, "EIO": 1}),
+        "readlink": (3, {"EBADMSG": 1, "ESTALE": 1, "EIO": 1}),
+        "other": (1, {"ENOSYS": 1}),
+    }
+    assert tally.failure.message == "readlink failed unexpectedly: KeyError"
+
+
+async def test_what_takes_long_is_counted_from_when_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("fsmount.fuse.requests.perf_counter", lambda: now)
+    monkeypatch.setattr("fsmount.fuse.tally.perf_counter", lambda: now)
+    tally = Tally()
+    async with serving(Cases(waits=True), tally=tally) as kernel:
+        read = kernel.send(Opcode.READ, 9, _read_in(0, 512))
+        await wait_all_tasks_blocked()
+        now = 5.0
+        kernel.send(Opcode.INTERRUPT, body=struct.pack("=Q", read))
+        assert (await kernel.receive())[:2] == (read, errno.EINTR)
+    (operation,) = tally.operations()
+    assert (operation.name, operation.seconds, operation.errors) == ("read", 5.0, {"EINTR": 1})
 
 
 # -------------------- the log

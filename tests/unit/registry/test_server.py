@@ -15,7 +15,7 @@ from fsmount.oci.digest import Digest
 from fsmount.oci.reference import Reference
 from fsmount.registry.hosts import Hosts
 from fsmount.registry.open import Sources
-from fsmount.registry.server import RateLimit
+from fsmount.registry.server import Asked, RateLimit
 from fsmount.registry.source import Source
 from fsmount.registry.wire import Limits
 from tests.fakes.registry import (
@@ -422,3 +422,20 @@ async def test_a_server_that_never_answers_is_given_up_after_three_tries(
             await source.resolve("v1")
     assert len(world.fake.requests) == 3
     assert 3 * 40 <= trio.current_time() <= 3 * 40 + 3
+
+
+# -------------------- what it was asked
+
+
+async def test_requests_are_counted_by_server_and_further_tries_apart(
+    world: World, mock_clock: MockClock
+) -> None:
+    mock_clock.autojump_threshold = 0
+    async with world.sources() as sources:
+        one, other = (sources.open(Reference.parse(f"{HOST}/{name}")) for name in ("team/web", "team/more"))
+        assert sources.asked() == {}
+        await one.resolve("v1")
+        assert sources.asked() == {HOST: Asked(requests=1, retries=0)}
+        world.fake.then("GET", "manifests/", error(503, "UNAVAILABLE"), error(503, "UNAVAILABLE"))
+        await other.manifest(world.digest)
+        assert sources.asked() == {HOST: Asked(requests=4, retries=2)}

@@ -66,6 +66,29 @@ async def test_what_is_not_answered_or_refused_is_trouble_until_the_next_answer(
         await source.tags()
         assert standing.trouble is not None and standing.trouble.is_over
         assert standing.trouble.message == trouble.message
+        assert standing.trouble.is_refusal == trouble.is_refusal == (status == 401)
+
+
+async def test_trouble_is_told_with_its_beginning_and_its_last_time(
+    fake: FakeRegistry, mock_clock: MockClock
+) -> None:
+    mock_clock.autojump_threshold = 0
+    async with Sources(transport=Network({HOST: fake}).transport) as sources:
+        source, standing = opened(sources)
+        for method in ("HEAD", "GET"):
+            fake.then(method, "manifests/v1", *[error(503, "UNAVAILABLE")] * 9)
+        await in_vain(source)
+        first = standing.trouble
+        await in_vain(source)
+        second = standing.trouble
+        assert first is not None and second is not None
+        assert first.since == first.at == second.since < second.at
+        await source.tags()
+        fake.then("GET", "tags/list", *[error(503, "UNAVAILABLE")] * 3)
+        with pytest.raises(FsmountError):
+            await source.tags()
+        third = standing.trouble
+        assert third is not None and second.at < third.since == third.at, "after an answer it is another"
 
 
 async def test_two_apps_of_one_repository_have_the_same_trouble(fake: FakeRegistry) -> None:
