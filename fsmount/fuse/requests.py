@@ -349,7 +349,8 @@ class Journal:
             self._noted = {key: time for key, time in self._noted.items() if now - time < _QUIET_SECONDS}
         if len(self._noted) < _MOST_MESSAGES:
             self._noted[code, message] = now
-            log.warning("%s: %s: %s", handler, errno.errorcode.get(code, code), message)
+            extra = {"operation": handler, "errno": code}
+            log.warning("%s: %s: %s", handler, errno.errorcode.get(code, code), message, extra=extra)
 
     def note_bug(self, handler: str, error: Exception) -> None:
         frames = list(traceback.walk_tb(error.__traceback__))
