@@ -1,4 +1,4 @@
-"""journal: where the log of a mount goes: to systemd's journal as entries, if stderr leads there, else to stderr as lines."""
+"""journal: where log records go: as entries to systemd's journal, if stderr leads there, else as lines to stderr."""
 
 import logging
 import os
