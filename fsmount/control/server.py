@@ -127,11 +127,21 @@ def _bind(listener: socket.socket, folder: int, name: str) -> os.stat_result:
     address = places.address(folder, partial_name)
     Path(address).unlink(missing_ok=True)
     listener.bind(address)
-    os.chown(address, -1, os.fstat(folder).st_gid)
-    os.chmod(address, 0o660)
+    os.chmod(address, 0o660 if _give_to_group_of(folder, address) else 0o600)
     listener.listen()
     os.rename(partial_name, name, src_dir_fd=folder, dst_dir_fd=folder)
     return os.stat(name, dir_fd=folder, follow_symlinks=False)
+
+
+def _give_to_group_of(folder: int, address: str) -> bool:
+    """Whether that is permitted: to a group of ours, or by CAP_CHOWN."""
+    group = os.fstat(folder).st_gid
+    try:
+        os.chown(address, -1, group)
+    except PermissionError as error:
+        log.warning("group %d may not ask about the mount: %s", group, error.strerror)
+        return False
+    return True
 
 
 def _remove(folder: int, name: str, made: os.stat_result) -> None:

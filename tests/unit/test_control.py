@@ -165,6 +165,21 @@ async def test_the_folder_s_group_may_ask_and_act_if_the_administrator_lets_it_i
             assert asked.stdout.decode().strip() == said
 
 
+async def test_a_group_that_the_socket_cannot_be_given_to_stays_outside_and_its_user_does_not(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: str, user: int, group: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    # As for root without CAP_CHOWN.
+    monkeypatch.setattr(os, "chown", refuse)
+    async with serving(tmp_path / "mnt", [folder]):
+        (path,) = folder.iterdir()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder]) == b"hello\n"
+    assert "may not ask about the mount" in caplog.text
+
+
 #: It has loaded what it needs when it becomes the other user, who may not see where we are installed.
 _ASK_AS = """
 import os, sys, trio
