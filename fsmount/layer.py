@@ -1,12 +1,15 @@
 """Layer: one layer of an image as its readers see it; and Layers, those of a process."""
 
+import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import trio
 
 from fsmount.archive.entry import Extent
+from fsmount.archive.span import Trust
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder
 from fsmount.cache.numbers import Numbers
@@ -15,9 +18,15 @@ from fsmount.index import LayerIndex
 from fsmount.lazy import Finder, LayerSpec
 from fsmount.passes import Passes
 from fsmount.registry.source import Source
+from fsmount.shown import Shown
 from fsmount.streamed import Means
 from fsmount.supply import Opened, Supply
 from fsmount.traffic import Traffic
+
+log = logging.getLogger(__name__)
+
+#: Why a layer is streamed that an earlier process has begun to stream.
+_BEGUN = "that had begun before a restart"
 
 
 class Piece(NamedTuple):
@@ -136,6 +145,38 @@ class Layer(Supply):
             size -= take
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    # What the kernel is told
+
+    async def _find(self) -> bool:
+        shown = self._layers.shown
+        if shown is not None and shown.has_numbering(self.number, self.stream_numbering):
+            # Members whose numbers the kernel has from a pass are found under these by a pass alone.
+            self._reason = _BEGUN
+            return False
+        return await super()._find()
+
+    def note_index(self, index: LayerIndex) -> None:
+        shown = self._layers.shown
+        if shown is None:
+            return
+        if shown.has_other_numbering(self.number, index.numbering):
+            digest = self.spec.descriptor.digest
+            error = Corrupt(f"layer {digest}: what told its members apart was lost, and is another now")
+            log.warning("%s; what is open of it cannot be read on", error.message)
+            self._layers.renumber(self, error, shown=True)
+        shown.note_index(self.number, index)
+        if index.trust is Trust.HINT:
+            shown.note_unverified(self.number)
+        else:
+            shown.note_verified(self.number, index.members)
+
+    def note_stream(self, *, has_begun: bool) -> None:
+        shown = self._layers.shown
+        if shown is not None and has_begun:
+            shown.note_stream(self.number, self.stream_numbering)
+        elif shown is not None:
+            shown.note_nothing(self.number)
+
     def _check_number(self, number: int) -> None:
         """Raises: Corrupt, if what the layer was when it had that number is void."""
         if number != self.number:
@@ -192,8 +233,10 @@ class Layers:
         numbers: Numbers,
         nursery: trio.Nursery,
         *,
+        mount: str | None = None,
         max_layer_size: int | None = None,
     ) -> None:
+        """mount: names the one whose kernel remembers what layers show, in this process and those before; if any."""
         self.folder = folder
         self.chunks = chunks
         self.numbers = numbers
@@ -202,6 +245,7 @@ class Layers:
         self.means = Means(folder, chunks, passes, Traffic(), Finder(max_layer_size), nursery)
         #: Told of every layer that turned out to be other than the kernel has been told for good.
         self.on_void: list[Callable[[Layer, Corrupt], None]] = []
+        self.shown = None if mount is None else Shown(numbers, mount)
         self._layers: dict[str, Layer] = {}
         self._by_number: dict[int, Layer] = {}
         self._retired: dict[int, Corrupt] = {}
@@ -216,6 +260,9 @@ class Layers:
         if layer is None:
             layer = self._layers[spec.key] = Layer(spec, source, self)
             self._by_number[layer.number] = layer
+            index = layer.index if self.shown is not None else None
+            if index is not None:
+                layer.note_index(index)
         layer.take(spec, source)
         return layer
 
@@ -227,10 +274,21 @@ class Layers:
 
     def renumber(self, layer: Layer, error: Corrupt, *, shown: bool) -> None:
         """Gives a condemned layer a new number. shown: it was complete, so the kernel was told to keep what it is."""
-        self._by_number.pop(layer.number, None)
-        self._retired[layer.number] = error
+        number = layer.number
+        self._by_number.pop(number, None)
+        self._retired[number] = error
         layer.number = self.numbers.renew_layer(layer.spec.key)
         self._by_number[layer.number] = layer
+        if self.shown is not None:
+            self.shown.note_void(number, _members(layer))
         if shown:
             for told in self.on_void:
                 told(layer, error)
+
+
+def _members(layer: Layer) -> int:
+    """How many are known."""
+    try:
+        return layer.index.members if layer.index is not None else 0
+    except sqlite3.DatabaseError:  # of a pass for which the disk was too full
+        return 0

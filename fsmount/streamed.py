@@ -4,7 +4,6 @@ import logging
 import os
 import sqlite3
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from fsmount.cache import database
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder, disk_errors, publish
 from fsmount.errors import Corrupt, FsmountError, Invalid, Unsupported
-from fsmount.index import Chunk, LayerIndex
+from fsmount.index import VERSION, Chunk, LayerIndex
 from fsmount.indexing import IndexBuilder
 from fsmount.ingest import Inflate, Keep, OneFile
 from fsmount.lazy import Finder, LayerSpec
@@ -253,6 +252,16 @@ class Streamed:
 
     def _set_index(self, index: LayerIndex | None) -> None:
         self._index = index
+        if index is not None:
+            self.note_index(index)
+
+    # What those learn who keep in mind what readers were shown
+
+    def note_index(self, index: LayerIndex) -> None:
+        """There is a complete index from now on."""
+
+    def note_stream(self, *, has_begun: bool) -> None:
+        """A pass without an index begins to show what nobody has verified; or it broke off, and had shown nothing."""
 
     def _blob(self, hint: LayerIndex) -> BlobSource:
         """Where the bytes come from of a layer that has been read by a hint."""
@@ -266,9 +275,17 @@ class Streamed:
             "kind": str(kind),
             "trust": str(trust),
             "space": space,
-            # Of the numbers that members have: a tree holds for indexes that have them from one source.
-            "numbering": uuid.uuid4().hex,
         }
+
+    @property
+    def _has_toc(self) -> bool:
+        """Whether the blob is a tar that has a table of its own contents in it."""
+        return estargz.TOC_DIGEST in self.spec.descriptor.annotations
+
+    @property
+    def stream_numbering(self) -> str:
+        """LayerIndex.numbering of what a pass finds: it depends on nothing but the layer."""
+        return f"{VERSION}-streamed{'-hidden' if self._has_toc else ''}"
 
     def _publish(self, path: Path) -> LayerIndex:
         publish(path, self.index_path)
@@ -301,9 +318,10 @@ class Streamed:
         hint = running.known
         self._is_void = False
         with self._new_file() as path:
+            if hint is None:
+                self.note_stream(has_begun=True)
             # As its own table of contents would have it.
-            has_toc = estargz.TOC_DIGEST in self.spec.descriptor.annotations
-            builder = IndexBuilder(path, hidden=HIDDEN if has_toc else ())
+            builder = IndexBuilder(path, hidden=HIDDEN if self._has_toc else ())
             if hint is None:
                 self._index = builder.index
             running.keep = Keep(hint, builder, self._hinted if hint is not None else None)
@@ -322,6 +340,8 @@ class Streamed:
             except BaseException:
                 if hint is None:
                     self._compare_with_shown(running.keep.chunks, is_certified=False)
+                    if not self._shown:
+                        self.note_stream(has_begun=False)
                 elif running.keep.differs:
                     self._refuse(hint, "what was read by it before has changed since")
                 raise
@@ -353,10 +373,9 @@ class Streamed:
         facts = self._facts(Kind.STREAMED, Trust.CERTIFIED, hint.space if hint is not None else "")
         facts |= {"diff_id": str(diff_id), "compression": str(inflate.compression)}
         if hint is not None:
-            facts["kind"] = str(hint.kind)
-            facts["numbering"] = hint.numbering
+            facts |= {"kind": str(hint.kind), "numbering": hint.numbering}
         else:
-            facts["reason"] = self._reason
+            facts |= {"reason": self._reason, "numbering": self.stream_numbering}
         chunks, codec, spans = _spans(running, inflate, self.spec.descriptor.size)
         if codec is not None:
             facts["codec"] = int(codec)

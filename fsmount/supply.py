@@ -1,14 +1,15 @@
 """Supply: where the bytes of one layer come from: the cache, parts of its blob, or one pass over all of it."""
 
 import logging
+import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
 from fsmount.archive.codecs import Compression
-from fsmount.archive.span import Codec, Trust
+from fsmount.archive.span import Codec, Kind, Trust
 from fsmount.errors import Corrupt, Invalid
 from fsmount.fetch import FetchedBlob, Fetcher, RangesIgnored
-from fsmount.index import LayerIndex
+from fsmount.index import VERSION, LayerIndex
 from fsmount.indexing import write_index
 from fsmount.lazy import NO_INDEX, OFF, SMALL, SMALL_MEMBERS, Found, LayerSpec
 from fsmount.passes import BlobSource, Pass
@@ -236,6 +237,7 @@ class Supply(Streamed):
         with self._new_file() as path:
             facts = self._facts(found.kind, found.trust, found.space)
             facts["compression"] = str(_COMPRESSIONS[found.table.codec])
+            facts["numbering"] = _numbering(found)
             write_index(path, found.table, facts)
             # Another process may have been quicker, and have more than a hint.
             known = self.load_index()
@@ -244,10 +246,10 @@ class Supply(Streamed):
             return self._publish(path)
 
     def _set_index(self, index: LayerIndex | None) -> None:
-        super()._set_index(index)
         if self._fetcher is not None:
             self._fetcher.is_retired = True
             self._fetcher = None
+        super()._set_index(index)
 
     def _blob(self, hint: LayerIndex) -> BlobSource:
         fetcher = self._fetcher
@@ -261,6 +263,12 @@ class Supply(Streamed):
         if not self.busy:
             super().close_index()
             self._fetcher = None
+
+
+def _numbering(found: Found) -> str:
+    """LayerIndex.numbering: that of tables which cannot differ is the same whenever they are found."""
+    is_named = found.kind not in (Kind.RANGED_FILE, Kind.RANGED_TAR)
+    return f"{VERSION}{found.space}" if is_named else uuid.uuid4().hex
 
 
 _COMPRESSIONS = {

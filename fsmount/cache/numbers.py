@@ -86,8 +86,8 @@ class Numbers:
         """The numbering of members (LayerIndex.numbering) by which those of a layer were shown; None if none were."""
         return self._name("layers", "numbering", number)
 
-    def keep_numbering(self, number: int, numbering: str) -> None:
-        """Says by which numbering the members of a layer are shown."""
+    def keep_numbering(self, number: int, numbering: str | None) -> None:
+        """Says by which numbering the members of a layer are shown; None, that none were."""
         self._state.write("UPDATE layers SET numbering = ? WHERE number = ?", numbering, number)
 
     def note_shown(self, view: int, layers: Collection[int]) -> None:

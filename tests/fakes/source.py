@@ -258,13 +258,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def open_layers(
-    path: Path, *, size: int = 10**9, max_layer_size: int | None = None
+    path: Path, *, size: int = 10**9, max_layer_size: int | None = None, mount: str | None = None
 ) -> AsyncIterator[Layers]:
     """What one process has over a cache folder; at the end of the block its passes are cancelled, and all is closed."""
     folder = CacheFolder(path)
     with closing(Numbers(folder.state)) as numbers, open_chunk_store(folder.chunks, size=size) as chunks:
         async with trio.open_nursery() as nursery:
             try:
-                yield Layers(folder, chunks, numbers, nursery, max_layer_size=max_layer_size)
+                yield Layers(folder, chunks, numbers, nursery, mount=mount, max_layer_size=max_layer_size)
             finally:
                 nursery.cancel_scope.cancel()
