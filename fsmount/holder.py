@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 #: This program, as it is installed.
 PROGRAM = (sys.executable, "-m", "fsmount")
-#: Tells a worker whose it is: the process id of its holder.
-HOLDER = "FSMOUNT_HOLDER"
 #: Names what is handed over to the program that takes this one's place, which is a newer one.
 _HANDED = "FSMOUNT_HANDED"
 
@@ -360,7 +358,7 @@ def _execute(
             wanted.append(int(given["FSMOUNT_READY_FD"]))
             given["FSMOUNT_READY_FD"] = str(notify.FIRST_DESCRIPTOR + len(stored))
         given |= notify.environment(listener, list(stored), watchdog_seconds=_WATCHDOG_SECONDS)
-        given[HOLDER] = str(os.getppid())
+        given[notify.HOLDER] = str(os.getppid())
         # First out of the way of where they are to be.
         last = notify.FIRST_DESCRIPTOR + len(wanted)
         aside = [_duplicate_above(descriptor, last) for descriptor in wanted]

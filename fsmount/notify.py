@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 
+#: A variable of our own: the process id of the holder, where it is ours, and not systemd.
+HOLDER = "FSMOUNT_HOLDER"
 #: Where inherited descriptors begin.
 FIRST_DESCRIPTOR = 3
 #: What the one message may take on which the next process depends, if the queue is full.

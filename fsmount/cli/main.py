@@ -20,7 +20,9 @@ from fsmount.errors import FsmountError
 COMMANDS = {
     "mount": "Mount the configured apps.",
     "unmount": "Unmount what fsmount serves at a mount point.",
+    "upgrade": "Have a newer program take over a running mount.",
     "status": "Show how a running mount is.",
+    "doctor": "Find out what is wrong, and what to do.",
     "snapshot": "Make a plain folder of an image.",
     "ls": "List a folder of an image.",
     "cat": "Print a file of an image.",

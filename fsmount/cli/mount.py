@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fsmount.cli.background import announce_ready, run_in_background
-from fsmount.cli.options import ConfigOptions, config_options
+from fsmount.cli.options import MOUNT_POINT, ConfigOptions, config_options
 
 if TYPE_CHECKING:  # what takes long to import waits until it is needed
     from fsmount.config import Config
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what takes long to import waits until it is needed
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("mountpoint", type=MOUNT_POINT, required=False)
 @config_options
 @click.option(
     "--foreground", "-f", is_flag=True, envvar="FSMOUNT_FOREGROUND", help="Stay, and log to stderr."
@@ -37,11 +37,10 @@ def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log
     if not foreground:
         raise click.exceptions.Exit(_in_background(options, mountpoint, log_file))
 
-    import logging
-
+    from fsmount.journal import configure_logging
     from fsmount.notify import Service
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(mountpoint)
     service = Service.from_environment()
     if service.is_held:
         _serve(options, mountpoint, service)
@@ -60,7 +59,8 @@ def _serve(options: ConfigOptions, mountpoint: Path | None, service: Service) ->
 
     import trio
 
-    from fsmount import daemon
+    from fsmount.daemon import Daemon
+    from fsmount.fuse.session import Session
     from fsmount.succession import Succession
 
     # Whoever finds this process stuck ends it by SIGABRT: then the log says where it was.
@@ -76,7 +76,8 @@ def _serve(options: ConfigOptions, mountpoint: Path | None, service: Service) ->
         service.ready()
         announce_ready()
 
-    trio.run(lambda: daemon.run(config, mountpoint, service=service, succession=succession, ready=ready))
+    session = Session(mountpoint, keeper=service)
+    trio.run(Daemon(config, session, service, succession, ready).run)
 
 
 def _load(options: ConfigOptions, last_good: str | None) -> tuple[Config, str]:

@@ -16,6 +16,19 @@ if (
     from fsmount.config import Config
 
 
+class MountPoint(click.ParamType[Path]):
+    """A path that is not looked at: click.Path would, and a mount that nobody serves yet answers nobody."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value)
+
+
+#: The type of every argument that names a mount.
+MOUNT_POINT = MountPoint()
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigOptions:
     """Where the configuration of this command comes from; `load` may be called again, to see changes."""

@@ -9,17 +9,16 @@ from typing import Any
 import click
 
 from fsmount.cli.asking import ask
-from fsmount.cli.options import ConfigOptions, config_options
+from fsmount.cli.options import MOUNT_POINT, ConfigOptions, config_options
 from fsmount.cli.output import printable
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("mountpoint", type=MOUNT_POINT, required=False)
 @click.option(
     "--format",
     "form",
     type=click.Choice(["table", "json", "metrics"]),
-    envvar="FSMOUNT_FORMAT",
     help="For people, programs or Prometheus.  [default: table]",
 )
 @click.option("--json", "as_json", is_flag=True, envvar="FSMOUNT_JSON", help="The same as --format json.")

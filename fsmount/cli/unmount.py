@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
+from fsmount.cli.options import MOUNT_POINT
 from fsmount.fuse import mounts
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=MOUNT_POINT)
 @click.option(
     "--lazy", is_flag=True, help="Take it away even while it is in use; it ends with its last user."
 )

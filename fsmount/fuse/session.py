@@ -25,6 +25,7 @@ from fsmount.errors import DeadlineExpired, FsmountError, NotRunning, Refused
 from fsmount.fuse import mounts, stored
 from fsmount.fuse.protocol import BUFFER_SIZE, SMALLEST_INIT, amended_init, invalidate, resend
 from fsmount.fuse.requests import Deadlines, Handlers, answer_requests
+from fsmount.fuse.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,14 @@ class Session:
         deadlines: Deadlines | None = None,
         read_ahead_kib: int = 1024,
         is_drained: bool = False,
+        tally: Tally | None = None,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Mounts, or goes on with what was inherited, and answers with handlers until that ends.
 
         `await nursery.start(session.serve, ...)` returns when the mount answers. allow_other lets other users in;
-        None: if it is permitted. is_drained: the process before left nothing unanswered.
+        None: if it is permitted. is_drained: the process before left nothing unanswered. tally: where requests are
+        counted.
 
         Raises: UsageError or Refused if it cannot be mounted; DeadlineExpired if it does not answer; NotRunning
         if it was unmounted before it had answered.
@@ -111,7 +114,7 @@ class Session:
                 connection = await _mount(self.mountpoint, options)
             with self._connected(connection):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._answer, connection.device, handlers, deadlines, nursery)
+                    nursery.start_soon(self._answer, connection.device, handlers, deadlines, tally, nursery)
                     if not self.is_inherited:
                         await _wait_until_answering(connection.mount, probes)
                         if not mounts.set_read_ahead(self.mountpoint, read_ahead_kib):
@@ -137,9 +140,16 @@ class Session:
                 return
 
     async def _answer(
-        self, device: int, handlers: Handlers, deadlines: Deadlines | None, nursery: trio.Nursery
+        self,
+        device: int,
+        handlers: Handlers,
+        deadlines: Deadlines | None,
+        tally: Tally | None,
+        nursery: trio.Nursery,
     ) -> None:
-        self.is_drained = await answer_requests(device, handlers, deadlines or Deadlines(), leave=self._leave)
+        self.is_drained = await answer_requests(
+            device, handlers, deadlines or Deadlines(), leave=self._leave, tally=tally
+        )
         if not self._leave.is_set():
             self.ending = Ending.UNMOUNT  # it is gone already, or dead for good
         nursery.cancel_scope.cancel()

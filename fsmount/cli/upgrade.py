@@ -1,0 +1,70 @@
+"""upgrade: has the program as it is installed now take over a running mount, which goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fsmount.cli.asking import ask
+from fsmount.cli.options import MOUNT_POINT, ConfigOptions, config_options
+
+_SECONDS = 60.0
+_PAUSE_SECONDS = 0.05
+
+
+@click.command()
+@click.argument("mountpoint", type=MOUNT_POINT, required=False)
+@config_options
+def upgrade(options: ConfigOptions, mountpoint: Path | None) -> None:
+    """Have the program as it is installed now serve MOUNTPOINT, without unmounting.
+
+    Open files, working directories and running programs stay valid; who reads meanwhile waits for a moment.
+    """
+    from fsmount.errors import DeadlineExpired, Refused
+    from fsmount.fuse import mounts
+
+    mountpoint = (mountpoint or options.load().mountpoint).absolute()
+    before = _status(mountpoint)
+    mount = mounts.find(mountpoint)
+    if mount is None or int(mount.option("user_id") or 0) != os.geteuid():
+        # Which process to signal is what the mount says.
+        raise Refused(f"the mount at {mountpoint} is another user's", remedy="Run this as that user.")
+    process = before["process"]
+    # The holder takes its newer self's place first. Without one, systemd starts the next process.
+    os.kill(process["holder"] or process["pid"], signal.SIGUSR2)
+    deadline = time.monotonic() + _SECONDS
+    while True:
+        time.sleep(_PAUSE_SECONDS)
+        after = _try_status(mountpoint)
+        if after is not None and after["process"]["pid"] != process["pid"]:
+            break
+        if time.monotonic() > deadline:
+            raise DeadlineExpired(
+                f"process {process['pid']} has not been followed by another within {_SECONDS:.0f} s",
+                remedy="The log of the mount says why.",
+            )
+    click.echo(
+        f"{mountpoint}: served by fsmount {after['fsmount']}, process {after['process']['pid']};"
+        f" before it was fsmount {before['fsmount']}, process {process['pid']}"
+    )
+
+
+def _status(mountpoint: Path) -> dict[str, Any]:
+    """Raises: FsmountError."""
+    said: dict[str, Any] = json.loads(ask(mountpoint, "/status"))
+    return said
+
+
+def _try_status(mountpoint: Path) -> dict[str, Any] | None:
+    from fsmount.errors import FsmountError
+
+    try:
+        return _status(mountpoint)
+    except FsmountError:
+        return None  # nobody has begun to answer yet
