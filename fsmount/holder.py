@@ -50,7 +50,7 @@ _START_SECONDS = 60.0
 _SOUND_SECONDS = 10.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 #: So many that have not even begun to serve, one after the other, and readers are told so.
-_MOST_FAILURES = 20
+_MOST_FAILURES = 10
 _REFUSING_SECONDS = 60.0
 _TRIAL_SECONDS = 20.0
 
