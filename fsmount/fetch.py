@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -220,8 +219,9 @@ class Fetcher:
 
     @property
     def fits(self) -> bool:
-        """Whether the cache can hold all of the layer."""
-        return self.index.inflated_size <= self._passes.chunks.size
+        """Whether the cache can hold all of the layer, and its disk takes anything now."""
+        chunks = self._passes.chunks
+        return self.index.inflated_size <= chunks.size and chunks.trouble is None
 
     async def complete(self, *, rate: float | None = None) -> None:
         """Fetches all chunks that are not stored, in the background, at most so many bytes a second.
@@ -386,7 +386,7 @@ class Fetcher:
             sha256 = hashlib.sha256(inflated).digest()
             if len(inflated) != chunk.size or chunk.sha256 not in (None, sha256):
                 raise Corrupt("it is not the chunk that was verified before")
-            stored = not self.is_retired and self._passes.put(key, inflated, sha256)
+            stored = not self.is_retired and self._passes.chunks.put(key, inflated, sha256)
             return inflated, sha256, stored
 
         try:
@@ -428,13 +428,18 @@ class FetchedBlob:
         chunks = self._passes.chunks
         for number, chunk in enumerate(self._fetcher.index.chunks):
             key = self._fetcher.chunk_key(number)
-            descriptor = chunks.hot(key)
-            if descriptor is None:
-                descriptor = await chunks.open(key)
-            while descriptor is None:
-                await self._fetcher.bring(number)
+            data = b""
+            while len(data) != chunk.size:
                 descriptor = chunks.hot(key)
-            yield os.pread(descriptor, chunk.size, 0)
+                if descriptor is None:
+                    descriptor = await chunks.open(key)
+                while descriptor is None:
+                    await self._fetcher.bring(number)
+                    descriptor = chunks.hot(key)
+                data = chunks.read(descriptor, chunk.size, 0)
+                if len(data) != chunk.size:
+                    await chunks.drop([key])
+            yield data
 
 
 def _continues(chunk: Chunk, following: Chunk) -> bool:

@@ -78,7 +78,7 @@ class Layer(Supply):
             return None
         if opened.number != self._last:
             self._come_to(opened, start, extents[0].offset + logical_size)
-        data = os.pread(opened.descriptor, size, start - opened.start)
+        data = self._layers.chunks.read(opened.descriptor, size, start - opened.start)
         return data if len(data) == size else None
 
     async def read(self, member: int, offset: int, size: int) -> bytes:
@@ -134,9 +134,9 @@ class Layer(Supply):
             if offset == opened.start:
                 self._read_ahead(opened)
             take = min(size, opened.start + opened.size - offset)
-            piece = os.pread(opened.descriptor, take, offset - opened.start)
+            piece = self._layers.chunks.read(opened.descriptor, take, offset - opened.start)
             if len(piece) != take:
-                # Cut short on disk since it was opened.
+                # Changed on the disk since it was opened, or the disk fails.
                 await self._layers.chunks.drop([self.chunk_key(opened.number)])
                 self._check_number(number)
                 continue

@@ -1,6 +1,5 @@
 """Passes: a layer's blob streamed once from its source to chunks and members, while its readers wait and follow."""
 
-import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,14 +12,12 @@ import trio
 from fsmount.archive.scan import TarScanner
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import disk_errors
-from fsmount.errors import Corrupt, FsmountError, NoSpace
+from fsmount.errors import Corrupt, FsmountError
 from fsmount.index import LayerIndex
 from fsmount.ingest import Inflate, Keep, OneFile, Portion
 from fsmount.oci.manifest import Descriptor
 from fsmount.registry.source import Source
 from fsmount.singleflight import single_error
-
-log = logging.getLogger(__name__)
 
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
@@ -30,6 +27,8 @@ _BLOCK_SIZE = 1024 * 1024
 #: Passes at once over blobs of one source, and of all: each holds up to about 16 MiB, while the network stalls less.
 _OF_ONE_SOURCE = 4
 _OF_ALL_SOURCES = 32
+#: What the index in the making may need of the disk for the members of one portion, and some.
+_INDEX_ROOM = 8 * 1024 * 1024
 
 
 class Passes:
@@ -44,7 +43,6 @@ class Passes:
         self._threads = trio.CapacityLimiter(4)
         self._all = trio.CapacityLimiter(_OF_ALL_SOURCES)
         self._by_source: dict[str, trio.CapacityLimiter] = {}
-        self._warned_full = False
 
     @asynccontextmanager
     async def place(self, source: Source) -> AsyncIterator[None]:
@@ -62,22 +60,12 @@ class Passes:
 
         Raises: Corrupt, NoSpace (for what the index needs).
         """
+        self.chunks.free(_INDEX_ROOM)
         with disk_errors(self.folder):
             sha256 = keep.add(portion)
         if not portion.data or (keep.is_second_look and self.chunks.recorded(key) == sha256):
             return True
-        return self.put(key, portion.data, sha256)
-
-    def put(self, key: str, data: bytes | memoryview, sha256: bytes) -> bool:
-        """Stores a chunk; False if there is no space for it, which is logged once. For worker threads."""
-        try:
-            self.chunks.put(key, data, sha256)
-        except NoSpace as error:
-            if not self._warned_full:
-                self._warned_full = True
-                log.error("%s: serving without caching", error.message)
-            return False
-        return True
+        return self.chunks.put(key, portion.data, sha256)
 
 
 @dataclass(slots=True)

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds during which a layer that was found corrupt is not downloaded again.
 _CONDEMNED_SECONDS = 60
+#: What the last rows of any index may need of the disk.
+_LAST_ROOM = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +384,8 @@ class Streamed:
 
         def finish() -> LayerIndex | None:
             with disk_errors(builder.path):
+                # What is still to be written is less than what has been.
+                self._means.chunks.free(_LAST_ROOM + builder.path.stat().st_size)
                 builder.finish(chunks, facts, spans)
                 if hint is not None and (running.keep.differs or not _same_members(builder.path, hint)):
                     return None

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes of a blob that are fetched because its maker says so.
 _LARGEST_PREFETCH = 64 * 1024 * 1024
+#: What an index that is written all at once may need of the disk, of nearly any layer.
+_INDEX_ROOM = 32 * 1024 * 1024
 #: Why Finder has a layer streamed that nobody expects to be read in parts.
 _GOOD_REASONS = frozenset({SMALL, OFF, NO_INDEX, SMALL_MEMBERS})
 
@@ -185,7 +187,7 @@ class Supply(Streamed):
         keys = [self.chunk_key(number) for number in range(len(index.chunks))]
         stored = await self._means.passes.in_thread(chunks.stored, keys)
         missing = sum(chunk.size for chunk, is_here in zip(index.chunks, stored, strict=True) if not is_here)
-        return await self._means.passes.in_thread(lambda: chunks.volume + missing <= chunks.size)
+        return await self._means.passes.in_thread(lambda: missing <= chunks.room)
 
     async def fill(self, *, rate: float | None = None) -> None:
         """Fetches what is not here yet, if the cache can hold it; a layer that was read on a hint is verified then.
@@ -238,6 +240,7 @@ class Supply(Streamed):
             facts = self._facts(found.kind, found.trust, found.space)
             facts["compression"] = str(_COMPRESSIONS[found.table.codec])
             facts["numbering"] = _numbering(found)
+            self._means.chunks.free(_INDEX_ROOM)
             write_index(path, found.table, facts)
             # Another process may have been quicker, and have more than a hint.
             known = self.load_index()

@@ -163,8 +163,7 @@ class Warmer:
         if 2 * size > chunks.size:
             log.info("the warm set of %s is not fetched: %d bytes are too many for the cache", app.name, size)
             return
-        volume = await self._means.passes.in_thread(lambda: chunks.volume)
-        if volume + size > chunks.size:
+        if size > await self._means.passes.in_thread(lambda: chunks.room):
             # One who looks into one old tag after the other shall not cost the app that runs what it has.
             await trio.sleep(_SETTLING_SECONDS)
             if self._latest[app.name, app.origin] is not content:

@@ -90,8 +90,7 @@ def _chunks(cache: Path) -> int:
     with sqlite3.connect(f"file:{cache}/chunks/cache.db?mode=ro", uri=True) as database:
         (rows,) = database.execute("SELECT count(*) FROM Cache").fetchone()
     database.close()
-    files = [path for path in (cache / "chunks").rglob("*") if path.is_file() and "cache.db" not in path.name]
-    assert len(files) == rows
+    assert len(list((cache / "chunks").rglob("*.val"))) == rows
     return int(rows)
 
 
@@ -1198,6 +1197,8 @@ def test_a_cache_that_is_a_file_is_exit_code_2_and_nothing_is_mounted(good: Path
 
 # -------------------- full disks
 
+#: Else nothing is stored on a disk as small as these.
+_ANY_DISK = "[cache]\nmin_free = 0\n"
 _LARGE = random.Random(4).randbytes(9_000_000)
 _MANY = b"".join(bytes(Member(b"folder/%05d-%s" % (number, b"n" * 80))) for number in range(8000))
 
@@ -1272,20 +1273,23 @@ def test_a_disk_too_full_for_what_the_cache_must_keep_is_exit_code_8(
     assert not (tmp_path / "DEST").exists()
 
 
-@pytest.mark.parametrize("left", [0, 64 * 1024])
-def test_a_full_disk_costs_nothing_that_is_cached(left: int, good: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [0, 256 * 1024])
+def test_a_full_disk_costs_nothing_that_is_cached_but_for_what_it_takes_to_begin(
+    left: int, good: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(_ANY_DISK)
+    words = "cat", f"oci-layout:{good}:v1", "last", "--config", tmp_path / "config.toml"
     with _tmpfs(tmp_path / "cache", "3m") as cache:
-        assert _run(tmp_path, "cat", f"oci-layout:{good}:v1", "last").code == 0
+        assert _run(tmp_path, *words).code == 0
         free = os.statvfs(cache)
         (cache / "theirs").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
-        outcome = _run(tmp_path, "cat", f"oci-layout:{good}:v1", "last")
-        assert outcome.code in (0, 8), outcome.text
-        assert sorted(os.listdir(cache / "..")) == ["cache"]
+        outcome = _run(tmp_path, *words)
+        assert outcome.code == 0, outcome.text
         assert [path.name for path in cache.iterdir() if "damaged" in path.name] == []
         (cache / "theirs").unlink()
         outcome = _run(tmp_path, "inspect", f"oci-layout:{good}:v1", "--json")
         (layer,) = json.loads(outcome.out)["layers"]
-        assert layer["cached_chunks"] == layer["chunks"] == 1
+        assert layer["cached_chunks"] == (left > 0)
 
 
 def test_no_mount_begins_on_a_full_disk(good: Path, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ async def test_a_layer_that_would_evict_others_is_left_alone_until_there_is_room
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with open_chunk_store(tmp_path / "empty", size=1) as store:
-        size = store.volume + 50 * CHUNK
+        size = store.volume + 66 * CHUNK
     async with open_layers(tmp_path / "cache", size=size) as layers, completing(layers) as completer:
         other = layers.get(LayerSpec(source.put_blob(noise(9, 40 * CHUNK)), title=b"file"), source)
         await other.fill()
@@ -282,7 +282,7 @@ async def test_a_layer_that_is_said_to_be_complete_is_complete(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with open_chunk_store(tmp_path / "empty", size=1) as store:
-        size = store.volume + 30 * CHUNK
+        size = store.volume + 46 * CHUNK
     async with open_layers(tmp_path / "cache", size=size) as layers, completing(layers) as completer:
         layer = layers.get(bound(source), source)
         completer.use([layer], Complete.NOW)

@@ -1,5 +1,6 @@
 """What a layer promises its readers: one stream for all, never a wrong byte, nothing left of what went wrong."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -257,10 +258,10 @@ async def test_nothing_stays_of_a_chunk_that_is_being_stored_when_its_layer_is_c
 ) -> None:
     storing, proceed, put = trio.Event(), threading.Event(), ChunkStore.put
 
-    def slow_put(*args: object) -> None:
+    def slow_put(*args: object) -> bool:
         trio.from_thread.run_sync(storing.set)
         proceed.wait(60)
-        put(*args)  # type: ignore[arg-type]
+        return put(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ChunkStore, "put", slow_put)
     gate = Gate()
@@ -413,7 +414,7 @@ async def test_a_chunk_cut_short_while_it_is_open_is_fetched_again(
 async def test_a_cache_too_small_for_a_layer_serves_every_byte_in_any_order_to_many_readers(
     tmp_path: Path, source: FakeSource, blob: Descriptor, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    monkeypatch.setattr("fsmount.cache.chunks.HOT_CHUNKS", 2)
+    monkeypatch.setattr("fsmount.cache.hot.HOT_CHUNKS", 2)
     source.then(blob, *[Body()] * 100, *[Body(stop=0, error=Unreachable("asked too often"))] * 20)
     chunks = list(range(0, len(TAR), CHUNK))
 
@@ -437,9 +438,9 @@ async def test_with_a_full_disk_everything_is_served_without_caching_and_one_mes
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(*args: object) -> None:
-        raise NoSpace("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ChunkStore, "put", full)
+    monkeypatch.setattr("fsmount.cache.chunks._write", full)
     async with open_layers(tmp_path) as layers:
         for _ in range(2):
             layer = layers.get(LayerSpec(blob), source)
@@ -447,7 +448,7 @@ async def test_with_a_full_disk_everything_is_served_without_caching_and_one_mes
             assert await layer.read(await find(layer, b"head"), 0, len(HEAD)) == HEAD
     assert chunk_files(tmp_path) == []
     errors = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
-    assert errors == ["no space left: serving without caching"]
+    assert errors == [f"no space left for {tmp_path}/chunks: serving without caching"]
 
 
 async def test_an_index_that_finds_no_space_is_no_space(

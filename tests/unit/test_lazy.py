@@ -556,8 +556,8 @@ async def test_a_reader_that_leaves_takes_nothing_from_the_others(
 async def test_a_full_disk_takes_nothing_from_readers(
     tmp_path: Path, source: FakeSource, form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsmount.cache.chunks.HOT_CHUNKS", 2)
-    monkeypatch.setattr("fsmount.passes.Passes.put", lambda *args: False)
+    monkeypatch.setattr("fsmount.cache.hot.HOT_CHUNKS", 2)
+    monkeypatch.setattr("fsmount.cache.chunks.ChunkStore.put", lambda *args: False)
     spec = form.put(source)
     async with open_layers(tmp_path) as layers:
         layer = layers.get(spec, source)

@@ -182,7 +182,7 @@ async def test_that_chunks_were_fetched_and_not_kept_is_an_error(
 ) -> None:
     async with opened(tmp_path) as image:
         items = await image.items(b"first")
-        monkeypatch.setattr(type(image.layers.means.passes), "put", lambda *_: False)
+        monkeypatch.setattr(type(image.layers.chunks), "put", lambda *_: False)
         with pytest.raises(NoSpace, match="has not kept 4 of 4"):
             await image.fetch(items)
 

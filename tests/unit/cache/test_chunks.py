@@ -1,9 +1,9 @@
-"""The store of chunks: what is read back is what was stored, or nothing; never a pickle, never more than its size."""
+"""The store of chunks: what is read back is what was stored, or nothing; and nothing foreign is ever believed."""
 
-import errno
 import hashlib
 import os
 import pickle
+import shutil
 import sqlite3
 import stat
 import threading
@@ -14,7 +14,6 @@ import pytest
 import trio
 
 from fsmount.cache.chunks import ChunkStore, open_chunk_store
-from fsmount.errors import FsmountError, NoSpace
 
 GOOD, BAD = b"good" * 2500, b"evil" * 2500
 SHA256 = hashlib.sha256(GOOD).digest()
@@ -34,7 +33,7 @@ def store(folder: Path) -> Iterator[ChunkStore]:
 
 
 def put(store: ChunkStore, key: str, data: bytes | memoryview) -> None:
-    store.put(key, data, hashlib.sha256(data).digest())
+    assert store.put(key, data, hashlib.sha256(data).digest())
 
 
 def files(folder: Path) -> list[Path]:
@@ -151,7 +150,7 @@ async def test_a_chunk_that_is_held_lives_in_memory(folder: Path, store: ChunkSt
 async def test_the_least_recent_descriptors_are_closed_and_closing_closes_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsmount.cache.chunks.HOT_CHUNKS", 2)
+    monkeypatch.setattr("fsmount.cache.hot.HOT_CHUNKS", 2)
     with open_chunk_store(folder, size=10**9) as store:
         for key in "abc":
             put(store, key, GOOD)
@@ -215,84 +214,62 @@ async def test_a_chunk_that_is_stored_while_a_damaged_one_is_checked_stays(
 def test_a_folder_that_another_process_removes_as_empty_is_made_again(
     folder: Path, store: ChunkStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    makedirs = os.makedirs
-    removed: list[str] = []
+    mkdir = Path.mkdir
+    removed: list[Path] = []
 
-    def make_and_lose(path: str, *args: object, **options: object) -> None:
-        makedirs(path, *args, **options)  # type: ignore[arg-type]
+    def make_and_lose(path: Path, *args: object, **options: object) -> None:
+        mkdir(path, *args, **options)  # type: ignore[arg-type]
         if not removed:
             removed.append(path)
-            os.rmdir(path)
+            path.rmdir()
 
-    monkeypatch.setattr(os, "makedirs", make_and_lose)
+    monkeypatch.setattr(Path, "mkdir", make_and_lose)
     put(store, "a", GOOD)
     assert removed and sum(store.stored(["a"])) == 1
-
-
-# -------------------- size
-
-
-def test_the_store_stays_within_its_size_also_when_that_has_changed(folder: Path) -> None:
-    with open_chunk_store(folder, size=1) as store:
-        empty = store.volume
-    for chunks in (60, 30):
-        size = empty + chunks * len(GOOD)
-        with open_chunk_store(folder, size=size) as store:
-            for number in range(100):
-                put(store, f"{chunks}/{number}", GOOD)
-            assert store.volume <= size
-            assert chunks - 20 < len(files(folder)) < chunks
-
-
-async def test_the_least_recently_read_goes_first(folder: Path) -> None:
-    keys = [str(number) for number in range(40)]
-    with open_chunk_store(folder, size=1) as store:
-        size = store.volume + 35 * len(GOOD)
-    with open_chunk_store(folder, size=size) as store:
-        for key in keys[:30]:
-            put(store, key, GOOD)
-        for key in ("0", "3"):
-            await store.open(key, SHA256)
-        for key in keys[30:]:
-            put(store, key, GOOD)
-        assert sum(store.stored(["0", "3", "39"])) == 3
-        assert sum(store.stored(["1", "2", "4"])) == 0
 
 
 async def test_an_evicted_chunk_that_is_open_stays_readable(folder: Path, store: ChunkStore) -> None:
     put(store, "a", GOOD)
     await store.open("a", SHA256)
     with open_chunk_store(folder, size=1) as other:
-        put(other, "b", GOOD)
+        await other.trim()
     assert files(folder) == []
-    assert content(store.hot("a")) == GOOD
+    descriptor = store.hot("a")
+    assert descriptor is not None and store.read(descriptor, 10**6, 0) == GOOD
 
 
-def test_a_full_disk_is_no_space_and_leaves_no_half_a_chunk(
-    folder: Path, store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["flipped", "cut short", "longer"])
+async def test_of_an_open_chunk_that_somebody_changes_on_the_disk_no_byte_is_read(
+    folder: Path, store: ChunkStore, change: str
 ) -> None:
-    write = os.write
-    for code, kind in ((errno.ENOSPC, NoSpace), (errno.EDQUOT, NoSpace), (errno.EIO, FsmountError)):
+    put(store, "a", GOOD)
+    descriptor = await store.open("a", SHA256)
+    assert descriptor is not None and store.read(descriptor, 4, 4) == GOOD[4:8]
+    (path,) = files(folder)
+    match change:
+        case "flipped":
+            with path.open("r+b") as file:
+                file.write(BAD[:1])
+        case "cut short":
+            os.truncate(path, len(GOOD) - 1)
+        case "longer":
+            os.truncate(path, len(GOOD) + 1)
+    assert store.read(descriptor, 4, 4) == b""
+    await store.drop(["a"])
+    put(store, "a", GOOD)
+    descriptor = await store.open("a", SHA256)
+    assert descriptor is not None and store.read(descriptor, 4, 4) == GOOD[4:8]
 
-        def fail(descriptor: int, data: memoryview, code: int = code) -> int:
-            if len(data) < len(GOOD):
-                raise OSError(code, os.strerror(code))
-            return write(descriptor, data[:100])
 
-        with monkeypatch.context() as patch, pytest.raises(kind) as caught:
-            patch.setattr(os, "write", fail)
-            put(store, "a", GOOD)
-        assert type(caught.value) is kind
-        assert files(folder) == []
-
-
-def test_a_database_that_finds_no_space_is_no_space_and_leaves_no_chunk_that_nobody_knows(
+async def test_a_chunk_whose_file_is_gone_counts_as_absent_and_its_row_is_removed_when_it_is_met(
     folder: Path, store: ChunkStore
 ) -> None:
-    store._cache._sql("PRAGMA max_page_count=1")
-    with pytest.raises(NoSpace):
-        put(store, "a" * 10_000, GOOD)
-    assert files(folder) == []
+    put(store, "a", GOOD)
+    volume = store.volume
+    files(folder)[0].unlink()
+    assert await store.open("a", SHA256) is None
+    assert store.stored(["a"]) == [False]
+    assert store.volume < volume
 
 
 # -------------------- foreign and damaged
@@ -306,15 +283,18 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("column", ["value", "filename", "key"])
-async def test_a_pickle_that_somebody_planted_is_never_run(
+@pytest.mark.parametrize("column", ["value", "filename", "key", "outside"])
+async def test_a_pickle_or_a_file_elsewhere_that_somebody_planted_is_never_read(
     folder: Path, store: ChunkStore, tmp_path: Path, column: str
 ) -> None:
     ran = tmp_path / "ran"
     payload = pickle.dumps(Payload(ran))
     put(store, "a", GOOD)
     with sqlite3.connect(folder / "cache.db") as database:
-        if column == "value":
+        if column == "outside":
+            database.execute("UPDATE Cache SET filename = '../payload.val'")
+            (folder.parent / "payload.val").write_bytes(GOOD)
+        elif column == "value":
             database.execute("UPDATE Cache SET mode = 4, filename = NULL, value = ?", (payload,))
         elif column == "filename":
             files(folder)[0].write_bytes(payload)
@@ -356,7 +336,7 @@ def test_keys_are_text(store: ChunkStore, key: object) -> None:
     ],
     ids=["no database", "no header", "half of it", "only its first page", "nothing of it"],
 )
-async def test_a_damaged_database_is_moved_aside_and_the_store_opens_empty(
+async def test_a_damaged_table_is_begun_anew_and_what_lay_there_makes_room_for_what_comes(
     folder: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     with open_chunk_store(folder, size=10**9) as store:
@@ -372,6 +352,48 @@ async def test_a_damaged_database_is_moved_aside_and_the_store_opens_empty(
             assert content(await store.open("a", SHA256)) == GOOD
             assert sum(store.stored([str(number) for number in range(100)])) == 0
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    # Each chunk that comes takes the place of an old one.
+    assert len(list(folder.parent.rglob("*.val"))) <= 100
+    with open_chunk_store(folder, size=10**9) as store:
+        await store.trim()
+    assert [path.name for path in folder.parent.iterdir()] == ["chunks"]
+
+
+@pytest.mark.parametrize("what", ["flipped", "deleted", "replaced", "the whole folder"])
+async def test_a_table_that_is_damaged_or_lost_while_it_is_in_use_is_begun_anew(
+    folder: Path,
+    store: ChunkStore,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("fsmount.cache.trouble._QUIET_SECONDS", 0.0)
+    for number in range(100):
+        put(store, str(number), GOOD)
+    await store.open("1", SHA256)
+    database = folder / "cache.db"
+    store._eviction.table._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
+    match what:
+        case "flipped":
+            with database.open("r+b") as file:
+                file.seek(100)
+                file.write(b"\xff" * (database.stat().st_size - 100))
+        case "deleted":
+            for path in folder.glob("cache.db*"):
+                path.unlink()
+        case "replaced":
+            for path in folder.glob("cache.db*"):
+                path.unlink()
+            with open_chunk_store(folder, size=10**9):
+                pass
+        case _:
+            shutil.rmtree(folder)
+    kept = [store.put(f"new/{number}", GOOD, SHA256) for number in range(10)]
+    assert kept[-1], "after a few that were not stored"
+    assert content(await store.open("new/9", SHA256)) == GOOD
+    assert store.hot("1") is not None
+    with open_chunk_store(folder, size=10**9) as other:
+        assert content(await other.open("new/9", SHA256)) == GOOD
 
 
 def test_chunks_are_readable_by_their_owner_alone(folder: Path) -> None:
@@ -383,14 +405,3 @@ def test_chunks_are_readable_by_their_owner_alone(folder: Path) -> None:
         os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(files(folder)[0].stat().st_mode) == 0o600
-
-
-async def test_a_store_that_is_to_be_smaller_than_it_was_is_trimmed(folder: Path) -> None:
-    with open_chunk_store(folder, size=10**9) as store:
-        for number in range(100):
-            put(store, f"key/{number}", GOOD)
-        before = store.volume
-    with open_chunk_store(folder, size=before // 2) as store:
-        await store.trim()
-        assert store.volume <= before // 2
-        assert 0 < len(files(folder)) < 100

@@ -1,0 +1,398 @@
+"""Eviction: room for a chunk before it is written: what may go, in which order, and what is reserved by whom."""
+
+import contextlib
+import errno
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fsmount.cache.leases import Lease
+from fsmount.cache.leftovers import Aside, files_below
+from fsmount.cache.room import Room, Taken
+from fsmount.cache.table import BATCH, GROWTH_BYTES, PATIENCE_SECONDS, START, ChunkTable, Row, code_of
+from fsmount.errors import NoSpace
+
+log = logging.getLogger(__name__)
+
+#: Rows that are looked at in one go for some that may be evicted.
+_PAGE = 64
+#: If nothing may be evicted, it is not looked for again for so long.
+_FRUITLESS_SECONDS = 1.0
+#: Some file systems (Btrfs, XFS) show the space of a removed file only later; it is waited for so long.
+_OWED_SECONDS = 30.0
+#: A table is not begun anew more often.
+_MEND_SECONDS = 60.0
+#: Between two times at which those who open chunks write down what was used.
+_NOTE_SECONDS = 1.0
+#: Bytes of the disk that the table's files need when it is full, to be opened at all.
+_OPENING_ROOM = 1024 * 1024
+
+#: What SQLite says of the disk, or of others who use the database: the database itself is sound.
+_TROUBLES = frozenset(
+    (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_READONLY,
+    )
+)
+
+
+class Eviction:
+    """The files of chunks that are stored, and those that are about to be; for any thread, of any number of processes.
+
+    A file goes before its row does, and comes after it was reserved: so what the table counts is never less than what
+    is on the disk, at whatever moment a process is killed, and a full disk keeps nobody from evicting. A row whose
+    file is gone is one of a chunk that is not stored.
+    """
+
+    def __init__(self, folder: Path, room: Room, in_use: Callable[[], frozenset[str]]) -> None:
+        """in_use: the keys of chunks that may not go. Raises: OSError, sqlite3.Error."""
+        self._folder = folder
+        self._room = room
+        self._in_use = in_use
+        self._aside = Aside(folder)
+        self.table = _open_table(folder, self._aside)
+        self._lease = Lease(folder / "leases")
+        self._mended_at = float("-inf")
+        # One thread at a time makes room; what they write themselves, they write side by side.
+        self._lock = threading.RLock()
+        self._pins: frozenset[str] = frozenset()
+        self._pin_lengths: Sequence[int] = ()
+        #: Whatever comes before it in the order of use may not go.
+        self._place = START
+        self._fruitless_until = 0.0
+        #: Rows whose files are gone, and reservations that are no longer needed, as far as the table does not know it.
+        self._gone: list[Row] = []
+        self._released: list[str] = []
+        self._owed = 0
+        self._owed_until = 0.0
+        #: When chunks were used, as far as the table does not know it.
+        self._used: dict[str, float] = {}
+        self._noted_at = 0.0
+
+    def close(self) -> None:
+        self.table.close()
+        self._lease.close()
+
+    def pin(self, prefixes: frozenset[str]) -> None:
+        """Chunks whose keys begin so may not go, from now on."""
+        with self._lock:
+            self._pins = prefixes
+            self._pin_lengths = sorted({len(prefix) for prefix in prefixes})
+            self._place = START
+            self._fruitless_until = 0.0
+
+    def taken(self) -> Taken:
+        """What counts now. Raises: sqlite3.Error."""
+        return Taken(*self.table.totals(), self.table.overhead())
+
+    # Coming
+
+    def reserve(self, size: int, *, patience_seconds: float = PATIENCE_SECONDS) -> str:
+        """Makes room for a file of that size, and returns its name. It is the caller's to write, and to `release`.
+
+        Raises: NoSpace (it would be too much even then), OSError, sqlite3.Error.
+        """
+        if not self._lock.acquire(timeout=patience_seconds):
+            raise TimeoutError(errno.ETIMEDOUT, "too many chunks are being stored at once")
+        try:
+            if not self.table.is_there():
+                self._begin_anew()
+            self._aside.free(size)
+            is_prepared = False
+            while True:
+                with self._writing(patience_seconds):
+                    taken = self.taken()
+                    short = self._short(size, taken)
+                    if not short:
+                        return self.table.reserve(size, self._lease.number)
+                if not is_prepared:
+                    is_prepared = True
+                    self._check_fits(size, taken)
+                    self.write_uses(patience_seconds)
+                    if taken.reserved:
+                        self.release_dead()
+                        continue
+                self._evict(short)
+        finally:
+            self._lock.release()
+
+    def _short(self, size: int, taken: Taken) -> int:
+        """Bytes that have to go. Raises: NoSpace."""
+        low, owed = self._room.low(size, taken), self._owed_now()
+        if low and low <= owed:
+            raise self._too_low()
+        return max(self._room.over(size + GROWTH_BYTES, taken), low - owed, 0)
+
+    def _check_fits(self, size: int, taken: Taken) -> None:
+        if size + GROWTH_BYTES + taken.database > self._room.size:
+            raise NoSpace(f"a chunk of {size} bytes is too large for cache.size, {self._room.size} bytes")
+
+    def _too_low(self) -> NoSpace:
+        if self._room.free() < _OPENING_ROOM:
+            return NoSpace(f"no space left for {self._folder}")
+        return NoSpace(f"{self._folder} may not take what cache.min_free leaves to others")
+
+    def release(self, filename: str) -> None:
+        """The file of a reservation is gone again, or was never made."""
+        self._released.append(filename)
+        with contextlib.suppress(sqlite3.Error):  # then with the next transaction
+            self._settle()
+
+    # Going
+
+    def _evict(self, short: int) -> int:
+        """Removes files of so many bytes, or of BATCH rows; how many bytes. Raises: NoSpace (no more may go), OSError.
+
+        Their rows follow with the next transaction.
+        """
+        rows = self._pick(short)
+        if not rows:
+            if self._room.free() < _OPENING_ROOM:
+                raise NoSpace(f"no space left for {self._folder}")
+            raise NoSpace(f"all that is stored in {self._folder} is in use or pinned")
+        free = self._room.free()
+        for row in rows:
+            self._unlink(row)
+        self._gone += rows
+        size = sum(row.size for row in rows)
+        owed = size - (self._room.free() - free)
+        if 2 * owed > size:
+            self._owed = self._owed_now() + owed
+            self._owed_until = time.monotonic() + _OWED_SECONDS
+        return size
+
+    def _owed_now(self) -> int:
+        return self._owed if time.monotonic() < self._owed_until else 0
+
+    def _pick(self, short: int) -> list[Row]:
+        """The rows that go first, as many as needed, or BATCH. Raises: sqlite3.Error."""
+        picked: list[Row] = []
+        if time.monotonic() < self._fruitless_until:
+            return picked
+        in_use = self._in_use()
+        begins_anew = self._place != START
+        while True:
+            rows = self.table.least_used(self._place, _PAGE)
+            for row in rows:
+                self._place = row.place
+                if row.key in in_use or self._is_pinned(row.key):
+                    continue
+                picked.append(row)
+                short -= row.size
+                if short <= 0 or len(picked) == BATCH:
+                    return picked
+            if len(rows) == _PAGE:
+                continue
+            self._place = START
+            if picked:
+                return picked
+            if not begins_anew:
+                self._fruitless_until = time.monotonic() + _FRUITLESS_SECONDS
+                return picked
+            begins_anew = False
+
+    def _is_pinned(self, key: str) -> bool:
+        # Pins may be thousands, but hardly of more than two lengths.
+        return any(key[:length] in self._pins for length in self._pin_lengths)
+
+    def _unlink(self, row: Row) -> None:
+        if row.filename is None:
+            return
+        path = self._folder / row.filename
+        path.unlink(missing_ok=True)
+        if row.filename.count("/") > 1:
+            # An earlier version had a folder for nearly every chunk.
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+    @contextmanager
+    def _writing(self, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+        """A transaction that tells the table what is gone, up to BATCH of it."""
+        gone, released = self._gone[:BATCH], self._released[:BATCH]
+        with self.table.writing(patience_seconds):
+            self.table.remove(gone)
+            self.table.release(released)
+            yield
+        del self._gone[: len(gone)], self._released[: len(released)]
+
+    def _settle(self) -> None:
+        with self._lock:
+            while self._gone or self._released:
+                with self._writing():
+                    pass
+
+    def remove(self, rows: Iterable[Row]) -> None:
+        """Removes chunks that are no good, or no longer wanted. Raises: OSError, sqlite3.Error."""
+        with self._lock:
+            for row in rows:
+                self._unlink(row)
+                self._gone.append(row)
+            self._settle()
+
+    def sacrifice(self, size: int) -> bool:
+        """Frees so many bytes of the disk, also if the table cannot be written before; whether it freed any.
+
+        Raises: OSError, sqlite3.Error (it cannot even be read).
+        """
+        freed = 0
+        with self._lock, contextlib.suppress(NoSpace):
+            if self._aside.free(size):
+                return True
+            while freed < size:
+                freed += self._evict(size - freed)
+                with contextlib.suppress(sqlite3.Error):
+                    self._settle()
+        return freed > 0
+
+    def trim_some(self) -> bool:
+        """Evicts some of what is over the bounds now; whether there may be more. Raises: OSError, sqlite3.Error."""
+        with self._lock:
+            if self._aside.free(BATCH * 4 * 1024 * 1024):
+                return True
+            self._settle()
+            taken = self.taken()
+            short = max(self._room.over(0, taken), self._room.low(0, taken) - self._owed_now())
+            if short <= 0:
+                return False
+            with contextlib.suppress(NoSpace):
+                self._evict(short)
+            is_progress = bool(self._gone)
+            self._settle()
+        return is_progress
+
+    def release_dead(self) -> None:
+        """Ends the reservations of processes that have ended, with their files. Raises: OSError, sqlite3.Error."""
+        held: dict[int, bool] = {}
+        for filename, _, lease in self.table.reservations():
+            if lease not in held:
+                held[lease] = self._lease.is_held(lease)
+            if not held[lease]:
+                (self._folder / filename).unlink(missing_ok=True)
+                with self._lock:
+                    self._released.append(filename)
+        self._settle()
+
+    # The order
+
+    def note_use(self, key: str) -> None:
+        """A chunk was used just now. Written down now and then: others who share the cache evict by that, too."""
+        self._used[key] = time.time()
+
+    def write_uses_soon(self) -> None:
+        """Writes down a few uses, if that is due, and nobody else is writing."""
+        now = time.monotonic()
+        if now >= self._noted_at + _NOTE_SECONDS:
+            self._noted_at = now
+            with contextlib.suppress(sqlite3.Error):
+                self.write_uses(0, most=BATCH)
+
+    def write_uses(self, patience_seconds: float = PATIENCE_SECONDS, *, most: int | None = None) -> None:
+        """Writes down what was used. Raises: sqlite3.Error."""
+        keys = list(self._used)[:most]
+        for start in range(0, len(keys), BATCH):
+            some = [(key, at) for key in keys[start : start + BATCH] if (at := self._used.get(key))]
+            with self.table.writing(patience_seconds):
+                self.table.touch(some)
+            for key, _ in some:
+                self._used.pop(key, None)
+
+    # Beginning anew
+
+    def mend(self, error: sqlite3.Error) -> None:
+        """Begins an empty table if an error says that this one is damaged, or no longer there.
+
+        Raises: OSError, sqlite3.Error.
+        """
+        with self._lock:
+            if self.table.is_spoilt_by(error):
+                self._begin_anew(str(error))
+
+    def _begin_anew(self, damage: str | None = None) -> None:
+        if damage is not None and self.table.is_there():
+            now = time.monotonic()
+            if now < self._mended_at + _MEND_SECONDS:
+                return
+            self._mended_at = now
+            log.warning("the chunk store is damaged (%s): starting with an empty one", damage)
+            self._aside.take(self._folder)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self.table = _open_table(self._folder, self._aside)
+        before, self._lease = self._lease, Lease(self._folder / "leases")
+        before.close()
+        self._gone.clear()
+        self._released.clear()
+        self._place = START
+
+
+def is_no_space(error: Exception) -> bool:
+    """Whether the disk is full, in the words of the system or of SQLite."""
+    if isinstance(error, sqlite3.Error):
+        return (
+            code_of(error) == sqlite3.SQLITE_FULL
+            or getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"
+        )
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _open_table(folder: Path, aside: Aside) -> ChunkTable:
+    """The table of a folder; one that is damaged, or lost, is moved aside with all files.
+
+    Raises: OSError, sqlite3.Error.
+    """
+    try:
+        table = ChunkTable(folder)
+        if not _is_lost(table, folder):
+            return table
+        table.close()
+        reason = "its table is gone"
+    except (sqlite3.DatabaseError, ValueError) as error:
+        if isinstance(error, sqlite3.Error) and code_of(error) in _TROUBLES:
+            # On a full disk it cannot be opened, let alone asked what has not been used for longest.
+            status = os.statvfs(folder)
+            if status.f_bavail * status.f_frsize >= _OPENING_ROOM or not _unlink_some(folder):
+                raise
+            return ChunkTable(folder)
+        reason = str(error)
+    log.warning("the chunk store is damaged (%s): starting with an empty one", reason)
+    aside.take(folder)
+    folder.mkdir(mode=0o700)
+    return ChunkTable(folder)
+
+
+def _is_lost(table: ChunkTable, folder: Path) -> bool:
+    """Whether there are files of chunks, and a table that knows of none at all."""
+    if table.following(0, 1):
+        return False
+    first = next(_chunk_files(folder), None)
+    # Asked in this order: whoever makes a file has reserved it before.
+    return first is not None and not (table.reservations() or table.following(0, 1)) and first.exists()
+
+
+def _chunk_files(folder: Path) -> Iterator[Path]:
+    """The files of chunks, in any order."""
+    return (
+        Path(file.path) for subfolder in folder.glob("[0-9a-f][0-9a-f]") for file in files_below(subfolder)
+    )
+
+
+def _unlink_some(folder: Path) -> bool:
+    """Removes chunks of a mebibyte, whichever; whether there were any."""
+    freed = 0
+    for path in _chunk_files(folder):
+        if freed >= _OPENING_ROOM:
+            break
+        with contextlib.suppress(FileNotFoundError):
+            freed += path.stat().st_size
+            path.unlink()
+    return freed > 0

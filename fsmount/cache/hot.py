@@ -1,0 +1,111 @@
+"""HotChunks: the chunks that this process has open, so that reading one is a `pread`."""
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TypeAlias
+
+#: Descriptors of recently used chunks kept open; with chunks of 4 MiB they reach over 1 GiB.
+HOT_CHUNKS = 256
+#: Bytes of chunks that live in memory because they could not be stored: one for each of 32 readers.
+HELD_BYTES = 128 * 1024 * 1024
+
+#: Tells a file from another one, and from the same one after a change: inode, size, and the times of both changes.
+Stamp: TypeAlias = tuple[int, int, int, int]
+
+
+def stamp_of(descriptor: int) -> Stamp:
+    """That of an open file, now."""
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@dataclass(slots=True)
+class _Open:
+    key: str
+    descriptor: int
+    #: When it was found to be what it should be.
+    stamp: Stamp
+    #: Whether it lives in memory.
+    is_held: bool
+    #: Whether somebody has used it since that was last asked.
+    was_used: bool = True
+
+
+class HotChunks:
+    """Open chunks by key, the least recently used closed first. For the event loop's thread, but for `keys`.
+
+    What is open is not evicted by this process; so what is open on the disk is never more than half of the cache.
+    """
+
+    def __init__(self, *, most_stored: int) -> None:
+        """most_stored: bytes of chunks on the disk that are open at most; one may always be."""
+        self._most = {False: most_stored, True: HELD_BYTES}
+        self._sizes = {False: 0, True: 0}
+        self._chunks: OrderedDict[str, _Open] = OrderedDict()
+        self._by_descriptor: dict[int, _Open] = {}
+
+    def keys(self) -> frozenset[str]:
+        """Those that are open. For any thread."""
+        return frozenset(self._chunks)  # in one step, which no other thread can interrupt
+
+    def get(self, key: str) -> int | None:
+        """The descriptor of an open chunk. Ownership: use it before the next await."""
+        chunk = self._chunks.get(key)
+        if chunk is None:
+            return None
+        chunk.was_used = True
+        self._chunks.move_to_end(key)
+        return chunk.descriptor
+
+    def read(self, descriptor: int, size: int, offset: int) -> bytes:
+        """Bytes of an open chunk; none if the disk fails, or somebody has changed the file since it was checked."""
+        try:
+            data = os.pread(descriptor, size, offset)
+            status = os.fstat(descriptor)
+        except OSError:
+            return b""
+        _, stamped_size, modified_ns, changed_ns = self._by_descriptor[descriptor].stamp
+        if status.st_mtime_ns != modified_ns or status.st_size != stamped_size:
+            return b""
+        # To be removed changes it, too, but not what it says.
+        return data if status.st_ctime_ns == changed_ns or not status.st_nlink else b""
+
+    def add(self, key: str, descriptor: int, stamp: Stamp, *, is_held: bool = False) -> list[str]:
+        """Takes a descriptor over; in place of the one that the chunk has. Returns what was closed for that."""
+        self.discard(key)
+        self._chunks[key] = self._by_descriptor[descriptor] = _Open(key, descriptor, stamp, is_held)
+        self._sizes[is_held] += stamp[1]
+        closed: list[str] = []
+        while len(self._chunks) > HOT_CHUNKS:
+            closed.append(next(iter(self._chunks)))
+            self.discard(closed[-1])
+        while self._sizes[is_held] > self._most[is_held]:
+            oldest = next(chunk.key for chunk in self._chunks.values() if chunk.is_held is is_held)
+            if oldest == key:
+                break
+            closed.append(oldest)
+            self.discard(oldest)
+        return closed
+
+    def discard(self, key: str) -> None:
+        """Closes a chunk, if it is open."""
+        chunk = self._chunks.pop(key, None)
+        if chunk is not None:
+            del self._by_descriptor[chunk.descriptor]
+            self._sizes[chunk.is_held] -= chunk.stamp[1]
+            os.close(chunk.descriptor)
+
+    def take_used(self) -> list[str]:
+        """What was used since the last call; of the rest, what others have removed is closed: it takes up the disk."""
+        used = [chunk.key for chunk in self._chunks.values() if chunk.was_used]
+        for chunk in list(self._chunks.values()):
+            if not chunk.was_used and not os.fstat(chunk.descriptor).st_nlink and not chunk.is_held:
+                self.discard(chunk.key)
+            chunk.was_used = False
+        return used
+
+    def close(self) -> None:
+        """Closes all of them."""
+        for key in list(self._chunks):
+            self.discard(key)
