@@ -83,9 +83,15 @@ async def open_engine(config: configuration.Config, *, is_offline: bool = False)
     folder = CacheFolder(config.cache.path)
     with (
         single_error(FsmountError),
+        # First: on a full disk it makes room for what is opened after it.
+        open_chunk_store(
+            folder.chunks,
+            size=config.cache.size,
+            min_free=config.cache.min_free,
+            beside=(folder.layers, folder.trees, folder.manifests),
+        ) as chunks,
         closing(Numbers(folder.state)) as numbers,
         closing(WarmSets(folder.state)) as warm_sets,
-        open_chunk_store(folder.chunks, size=config.cache.size) as chunks,
     ):
         async with _sources(config, is_offline=is_offline) as sources, trio.open_nursery() as nursery:
             layers = Layers(folder, chunks, numbers, nursery, max_layer_size=config.cache.max_layer_size)
