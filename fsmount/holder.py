@@ -133,14 +133,14 @@ class Holder:
     def _device(self) -> int | None:
         """That of the mount, if it is there."""
         kept = (descriptor for name, descriptor in self._stored.items() if stored.is_device(name))
-        return next(filter(_is_whole, kept), None)
+        return next(filter(stored.is_whole, kept), None)
 
     # The worker
 
     def _start(self) -> None:
         self._due = None
         self._stop_refusing()
-        names = [name for name, descriptor in self._stored.items() if _is_whole(descriptor)]
+        names = [name for name, descriptor in self._stored.items() if stored.is_whole(descriptor)]
         for name in self._stored.keys() - set(names):
             os.close(self._stored.pop(name))
         announced = self._environ.get("FSMOUNT_READY_FD")
@@ -387,13 +387,6 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 def _is_over(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
-
-
-def _is_whole(descriptor: int) -> bool:
-    """Whether a descriptor is good for something: of a device, that the mount is there."""
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return not any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
 
 def _manner(code: int) -> str:

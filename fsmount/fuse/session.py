@@ -162,7 +162,8 @@ class Session:
         for name in names:
             assert keeper is not None
             device = keeper.inherited.pop(name)
-            mount = stored.mount_of(name)
+            # The number of a mount that is gone may be another's by now.
+            mount = stored.mount_of(name) if stored.is_whole(device) else None
             if mount is not None and mount.mountpoint == self.mountpoint and name == stored.name_of(mount):
                 os.set_blocking(device, False)
                 if is_drained or _resend(device):

@@ -1,5 +1,7 @@
 """stored: how the device of a mount is named where it is kept for the process that will serve it next."""
 
+import select
+
 from fsmount.fuse import mounts
 
 _PREFIX = "mount-"
@@ -25,3 +27,10 @@ def mount_of(name: str) -> mounts.Mount | None:
     return next(
         (mount for mount in mounts.mounted() if mount.device == device and mounts.is_ours(mount)), None
     )
+
+
+def is_whole(descriptor: int) -> bool:
+    """Whether a descriptor that is kept is good for something: that of a mount no longer is when the mount is gone."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return not any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
