@@ -260,6 +260,7 @@ def test_in_cache_only_mode_no_registry_is_asked(work: Path) -> None:
         with CountingProxy(registry.host) as proxy:
             config = f'[registries."{proxy.host}"]\nplain_http = true\n[defaults]\nrefresh = "1s"\n'
             with mounted(work, f"web={proxy.host}/team/web", config=config) as mountpoint:
+                os.listdir(mountpoint / "web/v1")  # which is known when all of the layer is
                 assert (mountpoint / "web/v1/folder/file3").read_bytes() == _FILES["file3"]
                 for _ in range(5):
                     kill(mountpoint)
