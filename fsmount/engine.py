@@ -93,7 +93,7 @@ async def open_engine(config: configuration.Config, *, is_offline: bool = False)
         closing(Numbers(folder.state)) as numbers,
         closing(WarmSets(folder.state)) as warm_sets,
     ):
-        async with _sources(config, is_offline=is_offline) as sources, trio.open_nursery() as nursery:
+        async with sources_of(config, is_offline=is_offline) as sources, trio.open_nursery() as nursery:
             layers = Layers(folder, chunks, numbers, nursery, max_layer_size=config.cache.max_layer_size)
             apps = [_app(name, app, sources) for name, app in config.apps.items()]
             catalog = Catalog(apps, layers, nursery)
@@ -103,7 +103,8 @@ async def open_engine(config: configuration.Config, *, is_offline: bool = False)
                 nursery.cancel_scope.cancel()
 
 
-def _sources(config: configuration.Config, *, is_offline: bool) -> Sources:
+def sources_of(config: configuration.Config, *, is_offline: bool = False) -> Sources:
+    """The clients of registries as a configuration has them. Raises: UsageError (a proxy)."""
     plain_http = frozenset(name for name, registry in config.registries.items() if registry.plain_http)
     network = config.network
     return Sources(

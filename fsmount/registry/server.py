@@ -134,11 +134,21 @@ class Server:
             self.health.note_failure()
             raise DeadlineExpired(f"{self.domain} has not answered within {seconds:g} s") from None
 
+    async def knock(self) -> Answer:
+        """What the server says at its front door to somebody whom it does not know.
+
+        Ownership: the caller's. Raises: Unreachable and its kinds, UsageError (the file of a certificate).
+        """
+        try:
+            return await self._directly("GET", "", {}, None)
+        except Again as again:
+            raise again.error from again.error.__cause__
+
     async def probe(self) -> None:
         """Finds out whether the server answers again, whatever it answers but errors of its own."""
         try:
-            answer = await self._directly("GET", "", {}, None)
-        except (Again, FsmountError):
+            answer = await self.knock()
+        except FsmountError:
             self.health.note_failure()
             return
         await answer.settle()

@@ -1,8 +1,10 @@
 """One HTTP request and its answer, once: no retries, no redirects, no authentication, but always a deadline."""
 
+import ssl
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Self
 
 import httpx
@@ -67,6 +69,14 @@ class Answer:
     def next_page(self) -> str | None:
         """The URL of the next part of a list, perhaps relative (RFC 8288)."""
         return self._response.links.get("next", {}).get("url")
+
+    @property
+    def certificate_expires(self) -> datetime | None:
+        """Until when the server's certificate is good; None without TLS, and of one that was not checked."""
+        stream = self._response.extensions.get("network_stream")
+        tls = stream.get_extra_info("ssl_object") if stream is not None else None
+        ends = tls.getpeercert().get("notAfter") if tls is not None else None
+        return None if ends is None else datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC)
 
     def __aiter__(self) -> Self:
         return self
