@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -418,6 +418,35 @@ def test_a_repository_that_is_not_there_is_no_empty_folder(front: Front, work: P
         # readdir(3) takes ENOENT for the end of a listing: it has to be another code.
         with pytest.raises(OSError):
             os.listdir(mountpoint / "typo")
+
+
+def test_a_registry_that_answers_nobody_holds_up_no_other(storage: Path, work: Path) -> None:
+    count = 60
+    layout = work / "layout"
+    for number in range(count):
+        peers.tar_layer_image(layout, f"v{number}", [_small(f"slow {number}")])
+    with (
+        peers.docker_registry(work / "root") as slow,
+        peers.docker_registry(storage) as quick,
+        CountingProxy(slow.host) as proxy,
+    ):
+        for number in range(count):
+            peers.push(layout, f"v{number}", slow.host, "team/slow", as_tag=f"v{number}")
+        config = f'[registries."{proxy.host}"]\nplain_http = true\n[registries."{quick.host}"]\nplain_http = true\n'
+        apps = [f"slow={proxy.host}/team/slow", f"quick={quick.host}/team/web"]
+        with mounted(work, *apps, config=config) as mountpoint, ExitStack() as stack:
+            # Every way to wait for it: names, manifests, blobs.
+            assert len(os.listdir(mountpoint / "slow")) == count
+            proxy.faults.append(Fault("stall", 0))
+            for number in range(count):
+                stack.enter_context(reader(mountpoint / f"slow/v{number}/text"))
+            assert proxy.wait_stalled()
+            assert (mountpoint / "quick/v1/early").read_bytes() == _EARLY
+            assert (mountpoint / "quick/v3/text").read_bytes() == b"small"
+            assert sorted(os.listdir(mountpoint / "quick")) == ["v1", "v2", "v3"]
+            assert os.statvfs(mountpoint / "slow").f_namemax == 255
+            # Nobody of them has got anything, so all that was while they waited.
+            proxy.release()
 
 
 # -------------------- wrong
