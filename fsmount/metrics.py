@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import trio
 
+from fsmount.errors import FsmountError
 from fsmount.fuse.tally import BOUNDS
+from fsmount.singleflight import in_background
 from fsmount.status.report import OperationStatus, State, Status
 
 log = logging.getLogger(__name__)
@@ -128,6 +131,27 @@ def _of_content(status: Status) -> Iterator[_Family]:
         "cache_limit_bytes", "gauge", "What they may be at most.", [_Sample(cache.limit)] if cache else []
     )
     yield _Family(
+        "cache_up",
+        "gauge",
+        "Whether chunks can be stored; if not, what is read is fetched each time.",
+        [_Sample(cache.trouble is None)] if cache else [],
+    )
+    yield _Family(
+        "cache_hits_total",
+        "counter",
+        "Chunks that were in the cache when they were to be read; those that are open are not looked for.",
+        [_Sample(cache.hits)] if cache else [],
+    )
+    yield _Family(
+        "cache_misses_total", "counter", "Chunks that were not.", [_Sample(cache.misses)] if cache else []
+    )
+    yield _Family(
+        "cache_evictions_total",
+        "counter",
+        "Chunks that were removed to make room for others.",
+        [_Sample(cache.evictions)] if cache else [],
+    )
+    yield _Family(
         "layers",
         "gauge",
         "Layers of the images that were looked into, by how they are read and on what trust.",
@@ -212,18 +236,23 @@ async def write_textfile(path: Path, make: Callable[[], Awaitable[bytes]]) -> No
 
     While it cannot be written, the log says so once. Cancellation: the file goes, if it is still the one from here.
     """
+    await in_background(f"writing the metrics to {path}", partial(_write_for_ever, path, make))
+
+
+async def _write_for_ever(path: Path, make: Callable[[], Awaitable[bytes]]) -> None:
     thread = trio.CapacityLimiter(1)
     written: os.stat_result | None = None
     is_failing = False
     try:
         while True:
-            content = await make()
             try:
+                content = await make()
                 written = await trio.to_thread.run_sync(_replace, path, content, limiter=thread)
                 is_failing = False
-            except OSError as error:
+            except (OSError, FsmountError) as error:
                 if not is_failing:
-                    log.warning("the metrics cannot be written to %s: %s", path, error.strerror or error)
+                    reason = error.strerror if isinstance(error, OSError) else error.message
+                    log.warning("the metrics cannot be written to %s: %s", path, reason)
                 is_failing = True
             await trio.sleep(_EVERY_SECONDS)
     finally:

@@ -79,6 +79,8 @@ class Eviction:
         #: When chunks were used, as far as the table does not know it.
         self._used: dict[str, float] = {}
         self._noted_at = 0.0
+        #: How many chunks had to go.
+        self.evicted = 0
 
     def close(self) -> None:
         self.table.close()
@@ -165,6 +167,7 @@ class Eviction:
         for row in rows:
             self._unlink(row)
         self._gone += rows
+        self.evicted += len(rows)
         size = sum(row.size for row in rows)
         owed = size - (self._room.free() - free)
         if 2 * owed > size:

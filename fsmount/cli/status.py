@@ -41,7 +41,11 @@ def _table(status: dict[str, Any]) -> str:
     layers = status["layers"]
     lines = [f"{status['mountpoint']}: {status['summary']}", *_process(status)]
     if cache := status["cache"]:
-        lines.append(f"cache {cache['path']}: {_size(cache['stored'])} of {_size(cache['limit'])}")
+        wanted = cache["hits"] + cache["misses"]
+        lines.append(
+            f"cache {cache['path']}: {_size(cache['stored'])} of {_size(cache['limit'])},"
+            f" {cache['hits']} of {wanted} chunks found, {cache['evictions']} evicted"
+        )
     if error := status["last_error"]:
         lines.append(f"last error, at {_time(error['at'])}: {error['message']}")
     lines += ["", f"{len(status['apps'])} apps:"]

@@ -91,13 +91,18 @@ class Observer:
             return State.CACHE_ONLY, f"cache-only, for several of its processes have died{death}"
         apps = self._engine.catalog.apps.values()
         troubles = [trouble for app in apps if (trouble := self._trouble(app)) and not trouble.is_over]
+        full = self._engine.layers.chunks.trouble
         if not troubles:
+            if full is not None:
+                return State.DEGRADED, f"degraded, serving without caching: {full}"
             return State.SERVING, f"serving {len(apps)} app{'s' * (len(apps) != 1)}"
         first = min(troubles, key=lambda trouble: trouble.since)
         what = "registry refuses access" if first.is_refusal else "registry unreachable"
         summary = f"degraded, {what} since {first.since:%Y-%m-%d %H:%M:%S} UTC: {first.message}"
         if len(apps) > 1:
             summary += f" ({len(troubles)} of {len(apps)} apps)"
+        if full is not None:
+            summary += f"; serving without caching: {full}"
         return State.DEGRADED, summary
 
     async def report(self, encode: Callable[[Status], bytes]) -> bytes:
@@ -134,12 +139,20 @@ class Observer:
     async def _look(self) -> Status:
         engine = self._engine
         assert engine is not None
-        cache = engine.config.cache
-        stored = await trio.to_thread.run_sync(lambda: engine.layers.chunks.volume, limiter=self._thread)
+        cache, chunks = engine.config.cache, engine.layers.chunks
+        stored = await trio.to_thread.run_sync(lambda: chunks.volume, limiter=self._thread)
         layers = [await self._layer(layer) for layer in engine.layers]
         return dataclasses.replace(
             self._without_engine(),
-            cache=CacheStatus(os.fspath(cache.path), cache.size, stored),
+            cache=CacheStatus(
+                os.fspath(cache.path),
+                cache.size,
+                stored,
+                chunks.hits,
+                chunks.misses,
+                chunks.evicted,
+                chunks.trouble,
+            ),
             apps=[self._app(app) for app in engine.catalog.apps.values()],
             servers=[
                 ServerStatus(server, asked.requests, asked.retries)

@@ -19,7 +19,7 @@ class State(enum.StrEnum):
     REFUSING = "refusing"
     #: It asks no source, because several processes have died; what is in the cache is served.
     CACHE_ONLY = "cache-only"
-    #: The source of an app does not answer, or refuses; what is in the cache is served.
+    #: The source of an app does not answer, or refuses, and what is in the cache is served; or nothing can be cached.
     DEGRADED = "degraded"
     SERVING = "serving"
 
@@ -60,11 +60,20 @@ class FailureStatus:
 
 @dataclass(frozen=True, slots=True)
 class CacheStatus:
-    """`stored` and `limit` are bytes of chunks."""
+    """`stored` and `limit` are bytes of chunks.
+
+    `hits` and `misses`: how many chunks were there, and were not, when this process wanted to read them; those that
+    it has open are not looked for. `evictions`: how many it has removed to make room.
+    """
 
     path: str
     limit: int
     stored: int
+    hits: int
+    misses: int
+    evictions: int
+    #: Why chunks cannot be stored now; None if they can.
+    trouble: str | None
 
 
 @dataclass(frozen=True, slots=True)

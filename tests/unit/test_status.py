@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
@@ -16,6 +17,7 @@ import trio
 
 from fsmount import metrics
 from fsmount.archive.estargz import TOC_DIGEST
+from fsmount.cache.chunks import open_chunk_store
 from fsmount.configfile import load_config
 from fsmount.engine import Engine, open_engine
 from fsmount.errors import AccessDenied, FsmountError, NotFound, Unreachable
@@ -329,6 +331,49 @@ async def test_while_the_source_of_an_app_is_away_the_mount_is_degraded_since_th
         assert "registry refuses access since" in observer.state()[1]
 
 
+async def test_a_cache_that_takes_nothing_is_told_beside_what_else_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with engine_of(tmp_path, web="127.0.0.1:1/team/web") as engine:
+        observer = Observer(engine, Path("/mnt"))
+        monkeypatch.setattr(type(engine.layers.chunks), "trouble", "no space left")
+        assert observer.state() == (State.DEGRADED, "degraded, serving without caching: no space left")
+        with pytest.raises(FsmountError):
+            await engine.catalog.tags(engine.catalog.apps["web"])
+        state, summary = observer.state()
+        assert state is State.DEGRADED
+        assert "registry unreachable since" in summary
+        assert summary.endswith("; serving without caching: no space left")
+        found = await observer.look()
+        assert found.cache is not None and found.cache.trouble == "no space left"
+        assert b"\nfsmount_cache_up{" in metrics.as_text(found)
+
+
+async def test_chunks_are_counted_that_were_there_were_not_and_had_to_go(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    async with engine_of(tmp_path) as engine:
+        layer = engine.layers.get(FORMS["eStargz"].put(source), source)
+        await content(layer, b"small/07")
+        cache = (await look(engine)).cache
+        assert cache is not None and cache.misses > 0
+    async with engine_of(tmp_path) as engine:
+        layer = engine.layers.get(FORMS["eStargz"].put(source), source)
+        await content(layer, b"small/07")
+        cache = (await look(engine)).cache
+        assert cache is not None and (cache.misses, cache.evictions) == (0, 0) and cache.hits > 0
+
+
+def test_a_chunk_that_had_to_go_is_counted(tmp_path: Path) -> None:
+    with open_chunk_store(tmp_path / "chunks", size=4 * 1024 * 1024) as store:
+        keys = [f"layer:{number}" for number in range(8)]
+        for key in keys:
+            data = key.encode().ljust(1024 * 1024)
+            assert store.put(key, data, sha256(data).digest())
+        gone = store.stored(keys).count(False)
+        assert store.evicted == gone > 0
+
+
 async def test_what_deaths_have_made_of_a_process_comes_before_its_sources(tmp_path: Path) -> None:
     process = Process(holder=7, starts=6, last_death="killed by SIGKILL", mode=State.CACHE_ONLY)
     async with engine_of(tmp_path, "web") as engine:
@@ -383,6 +428,10 @@ async def test_the_json_form_has_these_fields(tmp_path: Path, source: FakeSource
         "path": str(tmp_path / "cache"),
         "limit": 20 * 10**9,
         "stored": said["cache"]["stored"],
+        "hits": 0,
+        "misses": said["cache"]["misses"],
+        "evictions": 0,
+        "trouble": None,
     }
     assert said["cache"]["stored"] > len(TAR)
     assert list(said["layers"][0]) == [field.name for field in fields(LayerStatus)]
