@@ -12,25 +12,28 @@ from fsmount.oci.digest import Digest
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """The folder that a view shows, once it cannot change any more: `directory` of the tree of `image`.
+    """The attributes of the folder that a view shows, once they cannot change any more."""
 
-    `created_ns` is when the image was made, if that says it.
-    """
-
-    image: Digest
-    directory: int
     mode: int
     uid: int
     gid: int
     mtime_ns: int
-    created_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an app came from: the name of its source, the platform, and the folder that is shown, name by name."""
+
+    source: str
+    platform: str
+    subtree: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ViewRecord:
     """One name of one app and, once somebody looked inside, the manifest it shows for ever.
 
-    `origin` says where the app came from (repository, platform, folder): with another origin the same name
+    `origin` stands for where the app came from (repository, platform, folder): with another origin the same name
     is another view.
     """
 
@@ -169,17 +172,32 @@ class Numbers:
 
     def keep_root(self, record: ViewRecord, root: Root) -> ViewRecord:
         """Says what the folder of a view is like, for ever; returns the view with it."""
-        values = root.directory, root.mode, root.uid, root.gid, root.mtime_ns, root.created_ns
-        insert = "INSERT OR REPLACE INTO roots VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-        self._state.write(insert, record.number, str(root.image), *values)
+        insert = "INSERT OR REPLACE INTO roots VALUES (?, ?, ?, ?, ?)"
+        self._state.write(insert, record.number, root.mode, root.uid, root.gid, root.mtime_ns)
         return replace(record, root=root)
 
     def _views(self, where: str, *values: object) -> list[ViewRecord]:
         query = (
-            "SELECT v.number, app, name, origin, digest, image, directory, mode, uid, gid, mtime_ns, created_ns"
+            "SELECT v.number, app, name, origin, digest, mode, uid, gid, mtime_ns"
             f" FROM views v LEFT JOIN roots r ON r.view = v.number WHERE {where}"
         )
         return [_view(*row) for row in self._state.rows(query, *values)]
+
+    # Origins
+
+    def origin(self, name: str) -> Origin | None:
+        """What an origin stands for, also one that the configuration no longer has."""
+        row = self._state.row("SELECT source, platform, subtree FROM origins WHERE origin = ?", name)
+        if row is None:
+            return None
+        source, platform, subtree = row
+        # A name in a tree has no NUL.
+        return Origin(source, platform, tuple(subtree.split(b"\0")) if subtree else ())
+
+    def keep_origin(self, name: str, origin: Origin) -> None:
+        if self.origin(name) is None:
+            insert = "INSERT OR REPLACE INTO origins VALUES (?, ?, ?, ?)"
+            self._state.write(insert, name, origin.source, origin.platform, b"\0".join(origin.subtree))
 
     # All of them
 
@@ -197,10 +215,6 @@ class Numbers:
         return None if row is None or row[0] is None else str(row[0])
 
 
-def _view(
-    number: int, app: str, name: str, origin: str, digest: str | None, image: str | None, *root: Any
-) -> ViewRecord:
+def _view(number: int, app: str, name: str, origin: str, digest: str | None, *root: Any) -> ViewRecord:
     shown = None if digest is None else Digest.parse(digest)
-    return ViewRecord(
-        number, app, name, origin, shown, None if image is None else Root(Digest.parse(image), *root)
-    )
+    return ViewRecord(number, app, name, origin, shown, None if root[0] is None else Root(*root))

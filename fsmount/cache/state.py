@@ -37,8 +37,10 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 INSERT INTO facts VALUES ('identity', lower(hex(randomblob(16))));
 INSERT INTO facts VALUES ('began_ns', CAST(strftime('%s', 'now') AS INTEGER) * 1000000000);
 CREATE TABLE shown (layer INTEGER, view INTEGER, PRIMARY KEY (layer, view)) WITHOUT ROWID;
-CREATE TABLE roots (view INTEGER PRIMARY KEY, image TEXT NOT NULL, directory INTEGER NOT NULL, mode INTEGER,
-    uid INTEGER, gid INTEGER, mtime_ns INTEGER, created_ns INTEGER);
+CREATE TABLE origins (origin TEXT PRIMARY KEY, source TEXT NOT NULL, platform TEXT NOT NULL, subtree BLOB NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE roots (view INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL);
 CREATE TABLE unverified (mount TEXT, layer INTEGER, PRIMARY KEY (mount, layer)) WITHOUT ROWID;
 CREATE TABLE listings (app TEXT, origin TEXT, names TEXT NOT NULL, shown TEXT NOT NULL, changed_ns INTEGER NOT NULL,
     PRIMARY KEY (app, origin)) WITHOUT ROWID;

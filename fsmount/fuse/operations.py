@@ -5,8 +5,7 @@ import functools
 import hashlib
 import os
 import stat
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from fsmount.archive.entry import EntryType
@@ -31,11 +30,12 @@ from fsmount.index import Member
 from fsmount.layer import Layer, Layers
 from fsmount.overlay import Node
 from fsmount.tree import StoredTree, Tree, directory_key
+from fsmount.views import to_ns
 
 #: What is below a digest never changes: the kernel may keep it as long as it likes.
 _FOR_EVER = 86400.0
 #: A tag may move, and an app gain tags: the kernel asks again after a second, and is answered from memory.
-_SOON = 1.0
+SOON = 1.0
 
 _Result = TypeVar("_Result")
 
@@ -61,7 +61,6 @@ class Operations:
         self._catalog = catalog
         self._layers = layers
         self._numbers = numbers
-        self._started_ns = time.time_ns()
 
     # Names
 
@@ -83,14 +82,14 @@ class Operations:
         if path in self._catalog.apps:
             return self._lookup_tag(self._catalog.apps[path], text)
         if text not in self._catalog.folders[path]:
-            return absent(_SOON)
+            return absent(SOON)
         return self._folder_attributes(f"{path}/{text}" if path else text)
 
     async def _lookup_tag(self, app: App, name: str) -> Attributes:
         try:
             return self._view_attributes(await self._catalog.view(app, name))
         except NotFound:
-            return absent(_SOON)
+            return absent(SOON)
 
     async def _lookup_in_tree(self, view: View, place: Directory, name: bytes) -> Attributes:
         content = await self._catalog.content(view)
@@ -155,7 +154,8 @@ class Operations:
         names = await self._catalog.tags(app) if app is not None else self._catalog.folders[path]
         for offset, name in sorted((place, name) for name in names if (place := _offset(name)) > after):
             if app is not None:
-                attributes = self._view_attributes(await self._catalog.view(app, name))
+                # Who lists it has not looked into it.
+                attributes = self._view_attributes(await self._catalog.view(app, name, is_used=False))
             else:
                 attributes = self._folder_attributes(f"{path}/{name}" if path else name)
             if not listing.add(os.fsencode(name), attributes, offset):
@@ -168,7 +168,9 @@ class Operations:
         place = parse_inode(inode)
         if not isinstance(place, Content):
             raise Refusal(errno.EISDIR)
-        layer = self._layer(place)
+        layer = self._layers.numbered(place.layer)
+        if layer is None:
+            return self._when_opened(place, lambda: self.read(inode, offset, size))
         data = layer.read_hot(place.member, offset, size)
         return layer.read(place.member, offset, size) if data is None else data
 
@@ -191,15 +193,18 @@ class Operations:
             raise Refusal(errno.ESTALE)
         return view
 
-    def _layer(self, place: Content) -> Layer:
-        layer = self._layers.numbered(place.layer)
-        if layer is None:
+    async def _when_opened(self, place: Content, answer: Callable[[], Answer[_Result]]) -> _Result:
+        """answer about a layer whose number an earlier process has given out: this one has to open it first."""
+        if await self._catalog.layer(place.layer) is None:
             raise Refusal(errno.ESTALE)
-        return layer
+        found = answer()
+        return await found if isinstance(found, Coroutine) else found
 
     def _with_member(self, place: Content, answer: Callable[[Layer, Member], _Result]) -> Answer[_Result]:
         """answer of a member, waiting for the next pass if the one that showed it broke off."""
-        layer = self._layer(place)
+        layer = self._layers.numbered(place.layer)
+        if layer is None:
+            return self._when_opened(place, lambda: self._with_member(place, answer))
         member = _find_member(layer, place.member)
         if member is not None:
             return answer(layer, member)
@@ -215,24 +220,23 @@ class Operations:
 
     def _folder_attributes(self, path: str) -> Attributes:
         inode = folder_inode(self._numbers.folder(path)) if path else ROOT
-        changed_ns = self._started_ns
-        app = self._catalog.apps.get(path)
-        if app is not None:
-            # The kernel keeps a listing until its folder's mtime changes, and asks for that before each use.
-            changed_ns = self._catalog.look_after(app) or changed_ns
-        return _attributes(inode, _UNKNOWN._replace(mtime_ns=changed_ns), _SOON)
+        # The kernel keeps a listing until its folder's mtime changes, and asks for that before each use.
+        changed_ns = self._catalog.changed_ns(path) or self._numbers.began_ns
+        return _attributes(inode, _UNKNOWN._replace(mtime_ns=changed_ns), SOON)
 
     def _view_attributes(self, view: View) -> Attributes:
         """Of a tag's folder; until somebody has looked inside, nobody asks the registry what it is.
 
         Its ctime stays as it is when the rest comes to be known: tar takes a change of that for one of the content.
         """
-        root, created = view.root, view.created
-        member = _UNKNOWN._replace(mtime_ns=self._started_ns) if root is None else root.member
-        if created is not None:
-            member = member._replace(mtime_ns=int(created.timestamp() * 10**9))
+        root, created = self._catalog.attributes(view), view.created
+        if root is not None:
+            member = _UNKNOWN._replace(mode=root.mode, uid=root.uid, gid=root.gid, mtime_ns=root.mtime_ns)
+        else:
+            mtime_ns = self._numbers.began_ns if created is None else to_ns(created)
+            member = _UNKNOWN._replace(mtime_ns=mtime_ns)
         attributes = _attributes(directory_inode(view.number), member, 0 if root is None else _FOR_EVER)
-        return attributes._replace(ctime_ns=self._started_ns, name_seconds=_SOON)
+        return attributes._replace(ctime_ns=self._numbers.began_ns, name_seconds=SOON)
 
     def _node_attributes(self, view: View, tree: Tree, node: Node) -> Attributes:
         if node.is_directory:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fsmount.cache.listings import Listing
-from fsmount.cache.numbers import Numbers, Root, ViewRecord
+from fsmount.cache.numbers import Numbers, Origin, Root, ViewRecord
 from fsmount.errors import FsmountError
 from fsmount.oci.digest import Digest
 
@@ -153,11 +153,22 @@ def test_of_every_name_the_latest_view_is_found_if_it_is_bound(numbers: Numbers)
 def test_what_the_folder_of_a_view_is_like_is_kept_with_the_view(numbers: Numbers, other: Numbers) -> None:
     view = numbers.new_view(*VIEW, ONE)
     assert view.root is None
-    root = Root(TWO, 3 << 32 | 7, 0o750, 1, 2, 10**18, None)
+    root = Root(0o750, 1, 2, 10**18)
     kept = numbers.keep_root(view, root)
     assert kept.root == root
     assert other.view(view.number) == other.latest_view(*VIEW) == kept
     assert other.bound_views(VIEW[0], VIEW[2]) == [kept]
+
+
+@pytest.mark.parametrize("subtree", [(), (b"dist",), (b"a b", b"\xff", b" linux/amd64 ")])
+def test_what_an_origin_stands_for_is_known_when_nobody_has_it_any_more(
+    numbers: Numbers, other: Numbers, subtree: tuple[bytes, ...]
+) -> None:
+    origin = Origin("registry.example/web", "linux/amd64", subtree)
+    assert numbers.origin("one") is None
+    for _ in range(2):
+        numbers.keep_origin("one", origin)
+    assert other.origin("one") == origin
 
 
 def test_what_a_folder_has_listed_is_known_to_the_next_process(numbers: Numbers, other: Numbers) -> None:

@@ -112,13 +112,13 @@ def layout(work: Path) -> Path:
 
 @asynccontextmanager
 async def process(
-    cache: Path, source: Layout, *apps: str, subtree: tuple[bytes, ...] = (), refresh_seconds: float = 60
+    cache: Path, source: Layout, *apps: str, subtree: tuple[bytes, ...] = ()
 ) -> AsyncIterator[Operations]:
     """What a process answers that has apps of these names, all of one source."""
     folder = CacheFolder(cache)
     numbers = Numbers(folder.state)
     platform = Platform.parse("linux/amd64")
-    shown = [App(name, source, subtree, platform, lambda tag: True, refresh_seconds) for name in apps]
+    shown = [App(name, source, subtree, platform, lambda tag: True, 60) for name in apps]
     try:
         with open_chunk_store(folder.chunks, size=10**9) as chunks:
             async with trio.open_nursery() as nursery:
@@ -376,16 +376,22 @@ async def test_a_member_that_its_layer_does_not_have_is_stale(operations: Operat
         await ask(operations.getattr(file + 500))
 
 
-async def test_what_the_configuration_no_longer_has_is_stale(work: Path, layout: Path) -> None:
+async def test_the_folders_of_what_the_configuration_no_longer_has_are_stale_and_what_is_below_a_tag_is_not(
+    work: Path, layout: Path
+) -> None:
     cache, source = work / "cache", Layout(layout)
     async with process(cache, source, "team/web", "app") as operations:
         await finish(operations, "app/v1")
-        paths = ["team", "team/web", "team/web/v1", "app/v1/folder"]
-        inodes = [(await look(operations, path)).inode for path in paths]
+        stale = [(await look(operations, path)).inode for path in ("team", "team/web")]
+        below = [await look(operations, path) for path in ("app/v1", "app/v1/folder", "app/v1/file")]
     async with process(cache, source, "app", subtree=(b"folder",)) as operations:
-        for inode in inodes:
+        for inode in stale:
             with refused(errno.ESTALE):
                 await ask(operations.getattr(inode))
+        for one in below:
+            assert (await ask(operations.getattr(one.inode)))[:8] == one[:8]
+        assert {name for name, _, _ in await listed(operations, below[1].inode)} == set("012345678")
+        assert (await look(operations, "app/v1")).inode != below[0].inode
 
 
 async def test_the_numbers_of_directories_mean_the_same_to_the_next_process(work: Path, layout: Path) -> None:
@@ -405,20 +411,19 @@ async def test_the_numbers_of_directories_mean_the_same_to_the_next_process(work
 async def test_two_processes_that_see_a_tag_move_give_it_the_same_number(work: Path, layout: Path) -> None:
     cache, source = work / "cache", Layout(layout)
     async with (
-        process(cache, source, "app", refresh_seconds=0) as one,
-        process(cache, source, "app", refresh_seconds=0) as other,
+        process(cache, source, "app") as one,
+        process(cache, source, "app") as other,
     ):
         both = (one, other)
         before = [(await look(operations, "app/v1/folder")).inode for operations in both]
         peers.tar_layer_image(layout, "v1", [peers.pack(_SMALL), peers.pack(archive(Member(b"new")))])
-        after = list(before)
-        with trio.fail_after(20):
-            for number, operations in enumerate(both):
-                while after[number] == before[number]:
-                    await trio.sleep(0.001)  # the tag is looked after in threads
-                    after[number] = (await look(operations, "app/v1/folder")).inode
+        after = []
+        for operations in both:
+            catalog = operations._catalog
+            await catalog.look_again(catalog.apps["app"], "v1")
+            after.append((await look(operations, "app/v1/folder")).inode)
     assert before[0] == before[1]
-    assert after[0] == after[1]
+    assert after[0] == after[1] != before[0]
 
 
 # -------------------- listings
@@ -465,10 +470,9 @@ class _Tagged(Layout):
         return self.names
 
 
-async def look_after(operations: Operations, inode: int) -> None:
-    """Have the list of tags renewed that is shown at an inode."""
-    await ask(operations.getattr(inode))
-    await trio.testing.wait_all_tasks_blocked()
+async def look_after(operations: Operations) -> None:
+    """Have the list of tags of the app renewed."""
+    await operations._catalog.ask_tags(operations._catalog.apps["app"])
 
 
 async def test_who_lists_while_tags_come_and_go_sees_every_tag_that_stays_once(
@@ -476,12 +480,12 @@ async def test_who_lists_while_tags_come_and_go_sees_every_tag_that_stays_once(
 ) -> None:
     source = _Tagged(layout)
     source.names = tags = [f"v{number}" for number in range(40)]
-    async with process(work / "cache", source, "app", refresh_seconds=0) as operations:
+    async with process(work / "cache", source, "app") as operations:
         inode = (await look(operations, "app")).inode
         first = await listed(operations, inode, size=17 * 32)
         seen = [name for name, _, _ in first]
         source.names = [f"new{number}" for number in range(40)] + tags[::2]
-        await look_after(operations, inode)
+        await look_after(operations)
         rest = [name for name, _, _ in await listed(operations, inode, after=first[-1][2])]
     stayed = set(tags[::2])
     assert len(seen) == 17
@@ -494,13 +498,13 @@ async def test_an_app_s_folder_changes_when_its_tags_do(work: Path, layout: Path
     # By that the kernel knows that the listing which it keeps is old.
     source = _Tagged(layout)
     source.names = ["v1"]
-    async with process(work / "cache", source, "app", refresh_seconds=0) as operations:
+    async with process(work / "cache", source, "app") as operations:
         inode = (await look(operations, "app")).inode
         times = []
         for names in (["v1"], ["v1"], ["v1", "v2"], ["v1", "v2"], ["v2"]):
             source.names = names
             await listed(operations, inode)
-            await look_after(operations, inode)
+            await look_after(operations)
             times.append((await ask(operations.getattr(inode))).mtime_ns)
     assert times[0] == times[1] < times[2] == times[3] < times[4]
 
