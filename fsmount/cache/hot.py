@@ -96,6 +96,13 @@ class HotChunks:
             self._sizes[chunk.is_held] -= chunk.stamp[1]
             os.close(chunk.descriptor)
 
+    def resize(self, *, most_stored: int) -> None:
+        """Another bound for chunks on the disk; what is over it is closed."""
+        self._most[False] = most_stored
+        for chunk in list(self._chunks.values()):
+            if not chunk.is_held and self._sizes[False] > most_stored:
+                self.discard(chunk.key)
+
     def take_used(self) -> list[str]:
         """What was used since the last call; of the rest, what others have removed is closed: it takes up the disk."""
         used = [chunk.key for chunk in self._chunks.values() if chunk.was_used]

@@ -23,6 +23,8 @@ COMMANDS = {
     "upgrade": "Have a newer program take over a running mount.",
     "status": "Show how a running mount is.",
     "doctor": "Find out what is wrong, and what to do.",
+    "refresh": "Have a running mount look at once for tags that moved.",
+    "reload": "Have a running mount take over the changed configuration.",
     "snapshot": "Make a plain folder of an image.",
     "ls": "List a folder of an image.",
     "cat": "Print a file of an image.",
