@@ -67,6 +67,9 @@ class ChunkStore:
         #: Of each chunk, the file that was found to have a digest, as it was then.
         self._verified: dict[str, tuple[Stamp, str]] = {}
         self._dropped: dict[str, int] = {}
+        #: How many chunks were found on the disk when somebody wanted to read them, and how many were not.
+        self.hits = 0
+        self.misses = 0
         self._keeper = Keeper(folder, self._eviction, self._hot, beside, self._limiter)
         self.free(_FIRST_ROOM)
 
@@ -102,6 +105,11 @@ class ChunkStore:
         except (OSError, sqlite3.Error) as error:
             self._fail(error)
             return 0
+
+    @property
+    def evicted(self) -> int:
+        """How many chunks this process has removed to make room."""
+        return self._eviction.evicted
 
     @property
     def trouble(self) -> str | None:
@@ -160,7 +168,9 @@ class ChunkStore:
             if not self._opening[key]:
                 del self._opening[key]
         if loaded is None:
+            self.misses += 1
             return None
+        self.hits += 1
         descriptor, stamp = loaded
         if self._dropped.get(key) != dropped:
             os.close(descriptor)
