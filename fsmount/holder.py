@@ -53,6 +53,7 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_FAILURES = 10
 _REFUSING_SECONDS = 60.0
 _TRIAL_SECONDS = 20.0
+_MISHAP_SECONDS = 1.0
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
@@ -102,7 +103,12 @@ class Holder:
             self._selector.register(told, selectors.EVENT_READ, lambda: self._obey(told))
             code: int | None = None
             while code is None:
-                code = self._turn()
+                try:
+                    code = self._turn()
+                except Exception:
+                    # Who keeps a mount for others must outlive its own mistakes, as init does.
+                    log.exception("the holder failed in a way nobody foresaw, and goes on")
+                    time.sleep(_MISHAP_SECONDS)
         self._selector.close()
         self._listener.close()
         return code
