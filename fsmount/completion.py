@@ -26,9 +26,9 @@ class Completer:
     """
 
     def __init__(self, traffic: Traffic, *, rate: float | None) -> None:
-        """rate: bytes a second, at most."""
+        #: Bytes a second, at most, from the next layer on.
+        self.rate = rate
         self._traffic = traffic
-        self._rate = rate
         self._waiting: dict[Layer, Complete] = {}
         self._paused_until: dict[Layer, float] = {}
 
@@ -59,7 +59,7 @@ class Completer:
         digest = layer.spec.descriptor.digest
         try:
             if await layer.has_room():
-                await layer.fill(rate=self._rate)
+                await layer.fill(rate=self.rate)
                 self._waiting.pop(layer, None)
                 log.info("layer %s is complete", digest)
                 return

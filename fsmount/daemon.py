@@ -5,17 +5,20 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from fsmount import control, metrics
+from fsmount.actions import Actions
 from fsmount.completion import Completer
 from fsmount.config import Config
-from fsmount.control import Report
+from fsmount.control import Action, Report
 from fsmount.engine import Engine, open_engine
-from fsmount.errors import FsmountError
+from fsmount.errors import FsmountError, UsageError
+from fsmount.fuse.inodes import content_inode
 from fsmount.fuse.operations import Operations
 from fsmount.fuse.protocol import Opcode
 from fsmount.fuse.refusing import Refusing
@@ -48,6 +51,8 @@ class Daemon:
     """What serves a mount, and on whose behalf. `ready` is called when the mount answers."""
 
     config: Config
+    #: Reads the configuration as it is now. Raises: UsageError, with all that is wrong.
+    load: Callable[[], Config]
     session: Session
     service: Service
     succession: Succession
@@ -56,7 +61,7 @@ class Daemon:
     async def run(self) -> None:
         """Serves the configuration's apps until the mount is unmounted, or a signal comes.
 
-        SIGTERM and SIGINT unmount; SIGUSR2 leaves the mount to the next process.
+        SIGTERM and SIGINT unmount; SIGUSR2 leaves the mount to the next process; SIGHUP reads the configuration again.
         Raises: what opening the cache and mounting raise.
         """
         _raise_descriptor_limit()
@@ -88,32 +93,50 @@ class Daemon:
                 len(self.succession.record.deaths),
             )
             root.start_soon(self._try_again, _CACHE_ONLY_SECONDS)
-        async with open_engine(self.config, is_offline=is_offline) as engine, trio.open_nursery() as nursery:
-            nursery.start_soon(engine.layers.chunks.trim)
+        engine_s = open_engine(self.config, mount=self.session.mountpoint, is_offline=is_offline)
+        async with engine_s as engine, trio.open_nursery() as nursery:
+            nursery.start_soon(in_background, "keeping the cache in bounds", engine.layers.chunks.keep_room)
+            shown = engine.layers.shown
+            if shown is not None:
+                if not self.session.may_inherit:
+                    shown.forget()
+                shown.on_stale.append(partial(self._forget, nursery))
             if not is_offline:
                 _work_unasked(engine, nursery)
             await self._serve(Operations(engine.catalog, engine.layers, engine.numbers), engine, nursery)
             nursery.cancel_scope.cancel()
 
+    def _forget(self, nursery: trio.Nursery, layer: int, members: int) -> None:
+        """Has the kernel forget what it holds of a layer's members."""
+        inodes = (content_inode(layer, member) for member in range(members))
+        # A thread, for the kernel waits until readers of a page have got it: from us.
+        forget = partial(trio.to_thread.run_sync, self.session.forget, inodes, abandon_on_cancel=True)
+        nursery.start_soon(in_background, "forgetting what was not verified", forget)
+
     async def _serve(self, handlers: Handlers, engine: Engine | None, root: trio.Nursery) -> None:
         """engine: None of who refuses everything."""
-        session, tally, deadlines = self.session, Tally(), self.config.deadlines
+        session, tally = self.session, Tally()
+        deadlines = Deadlines(content=_CONTENT)
+        _set(deadlines, self.config)
+        if engine is not None:
+            engine.on_reload.append(partial(_set, deadlines))
         observer = Observer(engine, session.mountpoint, process=self._process(), tally=tally)
         async with trio.open_nursery() as nursery:
             await nursery.start(
                 partial(
                     session.serve,
                     handlers,
-                    deadlines=Deadlines(
-                        names_seconds=deadlines.names_seconds,
-                        content_seconds=deadlines.content_seconds,
-                        content=_CONTENT,
-                    ),
+                    deadlines=deadlines,
                     is_drained=self.succession.was_drained,
                     tally=tally,
                 )
             )
             log.info("serving %s", session.mountpoint)
+            actions = {}
+            if engine is not None:
+                does = Actions(engine, self.load)
+                root.start_soon(_reload_on_sighup, does)
+                actions = {"/reload": Action(does.reload), "/refresh": Action(does.refresh)}
             root.start_soon(self._describe, observer)
             if self.config.metrics.textfile is not None:
                 make = partial(observer.report, metrics.as_text)
@@ -126,6 +149,7 @@ class Daemon:
                     "/status": Report("application/json", partial(observer.report, as_json)),
                     "/metrics": Report(metrics.MEDIA_TYPE, partial(observer.report, metrics.as_text)),
                 },
+                actions,
             )
             self.ready()
 
@@ -176,6 +200,18 @@ class Daemon:
         self.session.leave()
 
 
+def _set(deadlines: Deadlines, config: Config) -> None:
+    deadlines.names_seconds = config.deadlines.names_seconds
+    deadlines.content_seconds = config.deadlines.content_seconds
+
+
+async def _reload_on_sighup(actions: Actions) -> None:
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        async for _ in signals:
+            with suppress(UsageError):  # it is in the log
+                await actions.reload()
+
+
 def _work_unasked(engine: Engine, nursery: trio.Nursery) -> None:
     """What a mount does beside answering."""
     completer = Completer(engine.layers.means.traffic, rate=engine.config.network.background_rate)
@@ -186,6 +222,11 @@ def _work_unasked(engine: Engine, nursery: trio.Nursery) -> None:
         lambda app: engine.destination(app.name),
         max_layer_size=engine.config.cache.max_layer_size,
     )
+
+    def bound(config: Config) -> None:
+        completer.rate = config.network.background_rate
+
+    engine.on_reload.append(bound)
     engine.catalog.on_open += [
         lambda app, content: completer.use(content.tree.layers, app.complete),
         warmer.open,

@@ -77,7 +77,7 @@ def _serve(options: ConfigOptions, mountpoint: Path | None, service: Service) ->
         announce_ready()
 
     session = Session(mountpoint, keeper=service)
-    trio.run(Daemon(config, session, service, succession, ready).run)
+    trio.run(Daemon(config, options.load, session, service, succession, ready).run)
 
 
 def _load(options: ConfigOptions, last_good: str | None) -> tuple[Config, str]:

@@ -68,9 +68,12 @@ class Handlers(Protocol):
     def statfs(self) -> bytes: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Deadlines:
-    """How long a handler may take before its caller gets ETIMEDOUT; a caller that is killed leaves at once."""
+    """How long a handler may take before its caller gets ETIMEDOUT; a caller that is killed leaves at once.
+
+    A change holds for the requests that follow.
+    """
 
     #: What asks no more than names of a registry, and what needs content.
     names_seconds: float = 10.0

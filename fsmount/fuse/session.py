@@ -75,6 +75,11 @@ class Session:
         self._leave = trio.Event()
         self._device: int | None = None
 
+    @property
+    def may_inherit(self) -> bool:
+        """Whether there may be a mount to go on with, whose kernel remembers; asked before `serve`."""
+        return self._keeper is not None and any(map(stored.is_device, self._keeper.inherited))
+
     def leave(self) -> None:
         """Has `serve` take no more requests, answer those that were, and leave the mount to the next process."""
         self.ending = Ending.LEAVE
