@@ -122,7 +122,7 @@ class Soak:
         self.known = builds.make(layout, self.work / "compiled", self.seed)
         self.known.save(self.work / "builds.json")
         registry = self.stack.enter_context(docker_registry(self.work / "registry"))
-        self.front = self.stack.enter_context(Front(registry.host, self.seed))
+        self.front = self.stack.enter_context(Front(registry.host, self.seed, log=self.work / "front.log"))
         plain = self.work / "plain.toml"
         plain.write_text(f'[registries."{registry.host}"]\nplain_http = true\n')
         builds.publish(self.known, layout, registry.host, plain)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal, Self, TypeAlias
 
 _OWN = {
@@ -48,7 +49,8 @@ class Front:
     Whoever asks needs a token, which anybody gets. Ownership: a context manager.
     """
 
-    def __init__(self, upstream: str, seed: str) -> None:
+    def __init__(self, upstream: str, seed: str, *, log: Path | None = None) -> None:
+        """log: where a line is written for each request: when, for what, with which token, and what it met."""
         self.upstream = upstream
         #: Requests that have met a fault, by its kind.
         self.met: Counter[str] = Counter()
@@ -59,6 +61,7 @@ class Front:
         self.tokens: set[str] = set()
         #: Set when what stalls shall go on.
         self.over = threading.Event()
+        self._log = None if log is None else log.open("a", buffering=1)
         self._dice = random.Random(f"{seed}/front")
         self._server: ThreadingHTTPServer | None = None
         self._thread: threading.Thread | None = None
@@ -75,6 +78,8 @@ class Front:
     def __exit__(self, *_: object) -> None:
         self.set(None)
         self.close()
+        if self._log is not None:
+            self._log.close()
 
     def open(self) -> None:
         """Listens, on the same port as before if there was one."""
@@ -106,6 +111,7 @@ class Front:
 
     def expire(self) -> None:
         """No token that was given is good any more."""
+        self.note("all tokens expire")
         with self.lock:
             self.met["expired"] += len(self.tokens)
             self.tokens.clear()
@@ -129,6 +135,11 @@ class Front:
                 return None
             self.met[toxic.kind if toxic.kind != "status" else f"{toxic.amount:.0f}"] += 1
             return toxic
+
+    def note(self, *words: str | int | None) -> None:
+        """One line of the log."""
+        if self._log is not None and not self._log.closed:
+            self._log.write(" ".join([f"{time.monotonic():.3f}", *map(str, words)]) + "\n")
 
     def pick(self, stop: int) -> int:
         """A random number below stop."""
@@ -162,6 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
         toxic = self.front.meets(self.command, path)
         kind = toxic.kind if toxic else None
         amount = toxic.amount if toxic else 0.0
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.front.note(self.command, path, self.headers.get("Range"), f"token={token[:6]}", f"met={kind}")
         if kind == "late":
             over.wait(amount)
         if kind == "stall":
@@ -177,8 +190,10 @@ class _Handler(BaseHTTPRequestHandler):
             token = secrets.token_hex(16)
             with self.front.lock:
                 self.front.tokens.add(token)
+            self.front.note("gave", token[:6])
             self._say(200, json.dumps({"token": token, "expires_in": 3600}).encode())
-        elif self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.front.tokens:
+        elif token not in self.front.tokens:
+            self.front.note("refused", token[:6])
             self._refuse()
         else:
             self._forward(toxic, over)
