@@ -1,14 +1,23 @@
 """journal: where log records go: as entries to systemd's journal, if stderr leads there, else as lines to stderr."""
 
 import logging
+import math
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 SOCKET = Path("/run/systemd/journal/socket")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+#: How long a text is not told again, and how long it takes until one more line may be told of its kind.
+_QUIET_SECONDS = 60.0
+_AT_ONCE = 10.0
+#: As many as ten kinds may have in a minute, and then some.
+_MOST_TEXTS = 1000
 #: Of a field, in bytes. A datagram holds 200 KiB; what is longer would have to be a file in memory.
 _LARGEST = 48 * 1024
 #: What a record may say beyond its message, as `extra`, and the fields of that (systemd.journal-fields(7) has ERRNO).
@@ -34,6 +43,7 @@ def configure_logging(
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(Repetition())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
@@ -44,6 +54,61 @@ def _leads_to_journal(descriptor: int, environ: Mapping[str, str]) -> bool:
     except OSError:
         return False
     return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class Repetition(logging.Filter):
+    """Lets a fault through once, and not as often as a thousand readers meet it, on a thousand files.
+
+    The same text comes once in a minute. Of one kind of fault, a place in the code and its errno, there are ten
+    lines, and then one a minute, which says how many there would have been. What is no fault is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._kinds: dict[tuple[str, object, object], _Kind] = {}
+        self._told: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        with self._lock:
+            return self._is_news(record, time.monotonic())
+
+    def _is_news(self, record: logging.LogRecord, now: float) -> bool:
+        place = (record.name, record.msg, getattr(record, "errno", None))
+        if len(self._kinds) >= _MOST_TEXTS:
+            self._kinds.clear()  # of somebody whose messages are all different by themselves
+        kind = self._kinds.setdefault(place, _Kind(now, _AT_ONCE))
+        text = record.getMessage()
+        is_told = now < self._told.get(text, -math.inf) + _QUIET_SECONDS
+        if is_told or not kind.take(now):
+            kind.hidden += not is_told
+            return False
+        if len(self._told) >= _MOST_TEXTS:
+            self._told = {text: at for text, at in self._told.items() if now < at + _QUIET_SECONDS}
+        self._told[text] = now
+        if kind.hidden:
+            record.msg, record.args = f"{text} (and {kind.hidden} like it, which were not told)", ()
+            kind.hidden = 0
+        return True
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Of one kind of fault: how many lines it may have at `at`, and how many it should have had since the last."""
+
+    at: float
+    lines: float
+    hidden: int = 0
+
+    def take(self, now: float) -> bool:
+        self.lines = min(_AT_ONCE, self.lines + (now - self.at) / _QUIET_SECONDS)
+        self.at = now
+        if self.lines < 1:
+            return False
+        self.lines -= 1
+        return True
 
 
 class JournalHandler(logging.Handler):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsmount import journal
-from fsmount.journal import JournalHandler, configure_logging
+from fsmount.journal import JournalHandler, Repetition, configure_logging
 
 MOUNTPOINT = Path("/srv/artifacts")
 
@@ -161,6 +161,96 @@ def test_a_journal_that_was_away_is_written_to_when_it_is_back(
     assert back.entry()["MESSAGE"] == b"messages of the log were lost: 1"
     assert back.entry()["MESSAGE"] == b"heard"
     back.close()
+
+
+# -------------------- what is told of what repeats itself
+
+
+class Clock:
+    """The time, as the test has it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(journal, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What a log that is filtered so has let through, of the logger `tests.told`."""
+    told: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(self.format(record))
+
+    handler = Handler()
+    handler.addFilter(Repetition())
+    logger = logging.getLogger("tests.told")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    yield told
+    logger.removeHandler(handler)
+    logger.propagate = True
+
+
+def test_the_same_fault_is_told_once_in_a_minute(clock: Clock, told: list[str]) -> None:
+    log = logging.getLogger("tests.told")
+    for _ in range(60):
+        log.warning("%s cannot be reached", "registry.example")
+        clock.now += 1
+    assert told == ["registry.example cannot be reached"]
+    log.warning("%s cannot be reached", "registry.example")
+    assert told == ["registry.example cannot be reached"] * 2
+
+
+def test_a_fault_on_a_thousand_files_is_told_ten_times_and_then_once_a_minute_with_their_number(
+    clock: Clock, told: list[str]
+) -> None:
+    log = logging.getLogger("tests.told")
+    for minute in range(11):
+        for number in range(1000):
+            log.warning("file %d.%d cannot be read", minute, number)
+        clock.now += 60
+    assert len(told) == 20
+    assert told[9] == "file 0.9 cannot be read"
+    assert told[10] == "file 1.0 cannot be read (and 990 like it, which were not told)"
+    assert told[11] == "file 2.0 cannot be read (and 999 like it, which were not told)"
+
+
+def test_one_kind_of_fault_hides_no_other(clock: Clock, told: list[str]) -> None:
+    log = logging.getLogger("tests.told")
+    for number in range(1000):
+        log.warning("read: %d", number, extra={"errno": 113})
+    told.clear()
+    log.warning("read: %d", 1001, extra={"errno": 74})
+    log.warning("write: %d", 1002)
+    log.error("it is over")
+    assert told == ["read: 1001", "write: 1002", "it is over"]
+
+
+def test_what_is_no_fault_is_always_told(clock: Clock, told: list[str]) -> None:
+    for _ in range(100):
+        logging.getLogger("tests.told").info("again")
+    assert len(told) == 100
+
+
+def test_what_was_told_long_ago_is_forgotten(clock: Clock) -> None:
+    repetition = Repetition()
+    for number in range(3000):
+        clock.now += 60
+        for msg in ("%d", f"%d {number}"):
+            assert repetition.filter(logging.makeLogRecord({"levelno": 30, "msg": msg, "args": (number,)}))
+    assert len(repetition._told) <= 1000
+    assert len(repetition._kinds) <= 1000
 
 
 # -------------------- where it goes
