@@ -80,6 +80,8 @@ class Authenticator:
         self._retry = retry
         self._challenge: Challenge | None = None
         self._challenged_at = httpx.URL()
+        #: Whether its token server did not answer: the registry may name another by now.
+        self._in_doubt = False
         #: What was asked for beyond, or instead of, what we would have asked, by our own scope.
         self._further_scopes: dict[str, tuple[str, ...]] = {}
         self._tokens: dict[_Key, _Token] = {}
@@ -103,6 +105,7 @@ class Authenticator:
         if status == 401:
             if challenge is not None:
                 self._challenge, self._challenged_at = challenge, url
+                self._in_doubt = False
             if isinstance(challenge, BearerChallenge):
                 further = tuple(filter(_SCOPE.fullmatch, challenge.scope))
                 self._further_scopes[access.scope] = further
@@ -130,6 +133,8 @@ class Authenticator:
             return _bearer(credential.token, self._domain)
         if isinstance(challenge, BasicChallenge):
             return _basic(credential) if isinstance(credential, Password) else None
+        if self._in_doubt and not fresh and self._known(key) is None:
+            return None  # so that the registry says once more whom to ask
         try:
             async with self._locks.setdefault(key, trio.Lock()):
                 return await self._token(key, challenge)
@@ -141,9 +146,8 @@ class Authenticator:
             ):
                 raise
         except (Unreachable, Refused):
-            # The registry may name another token server by now: the next request asks it.
             if self._challenge == challenge:
-                self._challenge = None
+                self._in_doubt = True
             raise
         return await self._answer(access)
 
@@ -154,9 +158,8 @@ class Authenticator:
 
     async def _token(self, key: _Key, challenge: BearerChallenge) -> str:
         """The token for key, under its lock: who waited finds what the first one fetched."""
-        now = trio.current_time()
-        token = self._tokens.get(key)
-        if token and token.expires_at > now:
+        token = self._known(key)
+        if token is not None:
             return token.authorization
         self._check_refusal(key)
         try:
@@ -165,8 +168,13 @@ class Authenticator:
             self._refuse(key, error.message)
             raise
         self._tokens[key] = token
-        self._forget_expired(now)
+        self._forget_expired(trio.current_time())
         return token.authorization
+
+    def _known(self, key: _Key) -> _Token | None:
+        """The token that is kept, if it is good for one more request."""
+        token = self._tokens.get(key)
+        return token if token is not None and token.expires_at > trio.current_time() else None
 
     def _refuse(self, key: _Key, message: str) -> None:
         self._refusals[key] = _Refusal(message, trio.current_time() + _REFUSED_SECONDS)

@@ -328,6 +328,43 @@ async def test_a_token_that_the_registry_refuses_is_replaced_once(
     assert len(server.requests) == 2
 
 
+async def test_a_token_that_expires_early_is_replaced_although_the_token_server_was_away_for_others(
+    fake: FakeRegistry, server: TokenServer, path: Path, autojump_clock: MockClock
+) -> None:
+    def busy(request: Request) -> Reply:
+        if request.query["scope"] == ["repository:team/api:pull"]:
+            return error(503, "UNAVAILABLE")
+        return server(request)
+
+    both = client(path, fake, busy)
+    web = both.source("team/web")
+    await web.resolve("v1")
+    with pytest.raises(Unreachable):
+        await both.source("team/api").resolve("v1")
+    # What it has is good until the registry says otherwise.
+    await web.resolve("v1")
+    assert len(server.requests) == 1
+    server.valid.clear()
+    await web.resolve("v1")
+    assert len(server.requests) == 2
+
+
+async def test_a_registry_is_asked_anew_for_its_token_server_when_that_was_away(
+    fake: FakeRegistry, server: TokenServer, path: Path, autojump_clock: MockClock
+) -> None:
+    fake.challenge = BEARER.replace(AUTH, "gone.example")
+    away = Client(
+        path,
+        registry_example=fake,
+        auth_example=server,
+        gone_example=lambda request: error(503, "UNAVAILABLE"),
+    )
+    with pytest.raises(Unreachable):
+        await away.source().resolve("v1")
+    fake.challenge = BEARER
+    await away.source().resolve("v1")
+
+
 async def test_a_second_refusal_is_final_for_a_while(
     fake: FakeRegistry, server: TokenServer, path: Path, autojump_clock: MockClock
 ) -> None:
