@@ -32,7 +32,7 @@ _ENDING_SECONDS = 10.0
 #: Of a run: what goes to kills of cached content, once with the registry and once without.
 _CALM_SHARE = 0.14
 #: For `--only kills`: how many read, and how long after one kill the next comes.
-_MANY_READERS, _KILL_SECONDS = 32, 15.5
+_MANY_READERS, _KILL_SECONDS = 32, 16.5
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -166,7 +166,7 @@ class Soak:
             self._read("all", 1, self._everything, pause=0.0, wait=_RECOVERY_SECONDS)
             self._read("all", 1, _CACHED, pause=0.0, wait=_RECOVERY_SECONDS)
         if self.options.only == "kills":
-            self._read("hash", _MANY_READERS, _CACHED, pause=0.002)
+            self._read("hash", _MANY_READERS, _CACHED, pause=0.01)
             self._kill_calmly("kills under 32 readers", self.options.seconds, self.options.kills)
         else:
             self._soak()

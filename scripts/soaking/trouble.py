@@ -131,7 +131,7 @@ def _registry_faults(dice: random.Random, seconds: float, long: bool) -> Iterato
 def _spread(dice: random.Random, seconds: float, count: int) -> list[float]:
     """So many times, evenly but not quite."""
     step = seconds / max(count, 1)
-    shift = min(step / 2, 1.5)
+    shift = min(step / 2, 1.0)
     return [(number + 0.5) * step + dice.uniform(-shift, shift) for number in range(count)]
 
 
