@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 #: Questions are put off by up to this part of their time, so that servers which started together drift apart.
 _JITTER = 0.2
+#: What an earlier process has asked is not asked again before this part of its time: a start has better things to do.
+_CALM = 0.1
 #: After failures a question waits twice as long each time, up to this.
 _LONGEST_SECONDS = 300.0
 _SHORTEST_SECONDS = 0.1
@@ -71,11 +73,11 @@ class Freshness:
         """Has something asked every `seconds`, and a little more, from now on.
 
         asked_at: when it was asked last; None if that was in another process: then it is asked at a random moment
-        within its time, so that a hundred servers that start together do not ask together.
+        within its time, so that a hundred servers that start together do not ask together, but not at the beginning.
         """
         seconds = max(seconds, _SHORTEST_SECONDS)
         if asked_at is None:
-            due = trio.current_time() + seconds * self._random.random()
+            due = trio.current_time() + seconds * self._random.uniform(_CALM, 1.0)
         else:
             due = asked_at + self._jittered(seconds)
         self._questions[key] = _Question(source, seconds, ask, due)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from scripts.bench import start
+from scripts.bench import boot, start
 from scripts.bench.bench import Bench
 from scripts.bench.corpus import REPOSITORY
 from scripts.bench.machine import Failed, drop_caches, probe, resident_megabytes, timed
@@ -55,6 +55,7 @@ ASKS = (
     Ask("200,000 files: memory, MB", None, 250),
     Ask("200,000 files: open an indexed tag, s", None, 0.3),
     *start.ASKS,
+    *boot.ASKS,
 )
 
 
@@ -316,6 +317,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "app-start": start.app_start,
     "spans": start.spans,
     "index": start.index,
+    "boot": boot.boot,
 }
 
 

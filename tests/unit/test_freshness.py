@@ -66,7 +66,7 @@ async def test_a_question_is_asked_again_after_its_time_and_up_to_a_fifth_more(
         assert len(asker.times) == count
 
 
-async def test_what_another_process_has_asked_is_asked_at_any_moment_of_its_time(
+async def test_what_another_process_has_asked_is_asked_at_any_moment_of_its_time_but_not_at_the_start(
     autojump_clock: MockClock,
 ) -> None:
     askers = [Asker() for _ in range(200)]
@@ -75,8 +75,8 @@ async def test_what_another_process_has_asked_is_asked_at_any_moment_of_its_time
             freshness.watch(number, one.ask, source=str(number), seconds=60)
         await trio.sleep(60)
     firsts = sorted(one.times[0] for one in askers)
-    assert 0 <= firsts[0] < 6 and 54 < firsts[-1] <= 60
-    assert 15 < firsts[100] < 45
+    assert 6 <= firsts[0] < 12 and 54 < firsts[-1] <= 60
+    assert 20 < firsts[100] < 46
 
 
 async def test_what_is_asked_for_another_reason_is_not_asked_again_before_its_time(
