@@ -213,8 +213,11 @@ class Keep:
         number = len(self.chunks)
         sha256 = hashlib.sha256(data).digest()
         chunk = Chunk(self.stop, len(data), sha256)
-        if self._certified is not None and (
-            number >= len(self._certified.chunks) or self._certified.chunks[number][:3] != chunk[:3]
+        # What comes after the last chunk that the index knows is empty.
+        if (
+            self._certified is not None
+            and data
+            and (number >= len(self._certified.chunks) or self._certified.chunks[number][:3] != chunk[:3])
         ):
             raise Corrupt(f"chunk {number} of a layer is not the one that was verified before")
         if self._shown is not None and self._shown.setdefault(number, sha256) != sha256:

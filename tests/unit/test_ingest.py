@@ -199,6 +199,20 @@ def test_a_later_pass_takes_the_chunks_that_the_index_knows_and_no_others(tmp_pa
     known.close()
 
 
+@pytest.mark.parametrize("compression", PACKINGS)
+def test_a_layer_that_is_streamed_again_by_its_index_goes_by_to_its_end(
+    tmp_path: Path, compression: Compression
+) -> None:
+    known = known_of(TAR, tmp_path / "index")
+    blob = PACKINGS[compression](TAR)
+    inflate = Inflate(Digest.of(blob), None, is_file=False, max_output=10**9, known=known)
+    keep = Keep(known, None)
+    for portion in portions(inflate, blob):
+        keep.add(portion)
+    assert keep.chunks == known.chunks
+    known.close()
+
+
 # -------------------- OneFile
 
 
