@@ -57,15 +57,16 @@ class Completer:
 
     async def _complete(self, layer: Layer) -> None:
         digest = layer.spec.descriptor.digest
+        extra = {"layer": digest}
         try:
             if await layer.has_room():
                 await layer.fill(rate=self.rate)
                 self._waiting.pop(layer, None)
-                log.info("layer %s is complete", digest)
+                log.info("layer %s is complete", digest, extra=extra)
                 return
-            log.info("layer %s is not completed: the cache has no room for it", digest)
+            log.info("layer %s is not completed: the cache has no room for it", digest, extra=extra)
         except FsmountError as error:
-            log.info("layer %s is not completed: %s", digest, error.message)
+            log.info("layer %s is not completed: %s", digest, error.message, extra=extra)
         except Exception:
-            log.exception("layer %s: completing it failed in a way nobody foresaw", digest)
+            log.exception("layer %s: completing it failed in a way nobody foresaw", digest, extra=extra)
         self._paused_until[layer] = trio.current_time() + _PAUSE_SECONDS

@@ -110,7 +110,10 @@ class Finder:
             except FsmountError as error:
                 if error.transient:
                     raise
-                log.warning("layer %s is not read as %s: %s", descriptor.digest, kind, error.message)
+                extra = {"layer": descriptor.digest}
+                log.warning(
+                    "layer %s is not read as %s: %s", descriptor.digest, kind, error.message, extra=extra
+                )
                 reason = f"its {kind} index is no good"
                 continue
             if isinstance(found, str):

@@ -93,7 +93,8 @@ class Warmer:
             if not self._sets.is_recorded(*key):
                 self._begin(app, content)
         except FsmountError as error:
-            log.warning("what is read of %s is not recorded: %s", app.name, error.message)
+            extra = {"app": app.name}
+            log.warning("what is read of %s is not recorded: %s", app.name, error.message, extra=extra)
 
     # Recording
 
@@ -149,7 +150,14 @@ class Warmer:
             whole = False
         digest = recording.digest if whole else None
         self._sets.save(app.name, app.origin, read, missed=missed if whole else (), digest=digest)
-        log.info("the warm set of %s: %d files were read of image %s", app.name, len(read), recording.digest)
+        extra = {"app": app.name, "digest": recording.digest}
+        log.info(
+            "the warm set of %s: %d files were read of image %s",
+            app.name,
+            len(read),
+            recording.digest,
+            extra=extra,
+        )
 
     # Applying
 
@@ -169,7 +177,10 @@ class Warmer:
             if self._latest[app.name, app.origin] is not content:
                 return
         count = sum(map(len, missing.values()))
-        log.info("the warm set of %s: %d files, %d chunks to be fetched", app.name, len(items), count)
+        extra = {"app": app.name}
+        log.info(
+            "the warm set of %s: %d files, %d chunks to be fetched", app.name, len(items), count, extra=extra
+        )
         for layer, numbers in missing.items():
             fetcher = layer.fetcher
             if fetcher is not None:

@@ -121,7 +121,10 @@ class Repository:
         remote = self._served.pop(descriptor.digest, None)
         if remote is None or remote.endpoint.is_origin:
             return False
-        _log.error("what %s sent of %s was something else", remote.server.domain, descriptor.digest)
+        extra = {"digest": descriptor.digest}
+        _log.error(
+            "what %s sent of %s was something else", remote.server.domain, descriptor.digest, extra=extra
+        )
         self._distrusted.add(_Distrusted(descriptor.digest, remote.endpoint))
         return True
 
