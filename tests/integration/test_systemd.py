@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -297,6 +298,35 @@ def test_what_somebody_has_unmounted_is_there_again(machine: Machine) -> None:
     assert _read(machine, "tag") == hashlib.sha256(b"v1.4.1").hexdigest()
 
 
+def test_an_upgrade_leaves_the_mount_to_a_process_of_the_program_as_it_is_now(machine: Machine) -> None:
+    _read(machine, "tag")
+    mount, before = _mount_id(machine), machine.show("fsmount", "MainPID")
+    machine.run(_PROGRAM, "upgrade")
+    machine.wait_for("fsmount", ActiveState="active")
+    assert machine.show("fsmount", "MainPID") != before
+    assert _mount_id(machine) == mount
+
+
+# -------------------- reload
+
+
+def test_a_reload_shows_what_was_added_and_ends_only_then(machine: Machine, site: Site) -> None:
+    _read(machine, "tag")
+    before = machine.show("fsmount", "MainPID")
+    more = f'[apps.again]\nrepository = "{site.registry.host}/team/web"\n'
+    machine.run("sh", "-c", f"echo '{more}' >> /etc/fsmount/config.toml && systemctl reload fsmount")
+    assert machine.run("ls", "/srv/artifacts").split() == ["again", "web"]
+    assert machine.show("fsmount", "MainPID") == before
+
+
+def test_a_reload_of_a_file_with_a_mistake_fails_and_changes_nothing(machine: Machine) -> None:
+    machine.run("sh", "-c", "echo '[aps.x]' >> /etc/fsmount/config.toml")
+    machine.run("systemctl", "reload", "fsmount", code=1)
+    assert "unknown key" in machine.said()
+    assert machine.run("ls", "/srv/artifacts").split() == ["web"]
+    assert machine.show("fsmount", "ActiveState", "NRestarts") == ["active", "0"]
+
+
 # -------------------- what cannot start
 
 
@@ -338,7 +368,7 @@ ExecStart=/bin/true
 
 
 def _documented_unit(name: str) -> str:
-    pattern = rf"```ini\n# /etc/systemd/system/{re.escape(name)}\n(.*?)```"
+    pattern = rf"```ini\n# (?:/etc/systemd/system|~/\.config/systemd/user)/{re.escape(name)}\n(.*?)```"
     found = re.search(pattern, (_CHECKOUT / "docs/boot.md").read_text(), re.DOTALL)
     assert found
     return found[1]
@@ -429,3 +459,70 @@ def test_mount_and_umount_do_by_a_line_of_fstab_what_they_are_told(with_fstab: M
     machine.run("mount", "-o", "mode=5", "/srv/artifacts", code=1)
     machine.run("mount", "-s", "-o", "mode=5", "/srv/artifacts")
     machine.run("umount", "/srv/artifacts")
+
+
+# -------------------- an ordinary user
+
+
+_MANAGER = """
+[Service]
+User=builder
+Type=notify
+Delegate=yes
+RuntimeDirectory=builder
+Environment=XDG_RUNTIME_DIR=/run/builder SYSTEMD_UNIT_PATH=/home/builder/.config/systemd/user:{0}
+ExecStart=/lib/systemd/systemd --user --unit=default.target
+"""
+
+
+def test_the_unit_of_the_documentation_for_an_ordinary_user_mounts_and_survives_a_kill(site: Site) -> None:
+    targets = site.work / "user-targets"
+    targets.mkdir()
+    for name in ("default", "basic", "shutdown", "sockets", "timers", "paths"):
+        shutil.copy(f"/lib/systemd/user/{name}.target", targets)
+    (site.work / "manager.service").write_text(_MANAGER.format(targets))
+    (site.work / "fsmount.service").write_text(_documented_unit("fsmount.service"))
+    (site.work / "user.toml").write_text(f'[apps.web]\nrepository = "{site.registry.host}/team/web"\n')
+    site.work.chmod(0o755)
+    above = {folder for prefix in (sys.prefix, sys.base_prefix) for folder in Path(prefix).parents}
+    more = f"""
+        chmod a+x {" ".join(map(str, above))}
+        # As udev has it.
+        mknod -m 0666 /run/fuse c 10 229
+        mount --bind /run/fuse /dev/fuse
+        useradd --create-home builder
+        cd /home/builder
+        mkdir -p builds .local/bin .config/systemd/user .config/fsmount
+        ln -s {_PROGRAM} .local/bin/fsmount
+        cp {site.work}/fsmount.service .config/systemd/user
+        cp {site.work}/user.toml .config/fsmount/config.toml
+        chown -R builder: .
+        cp {site.work}/manager.service /etc/systemd/system
+        systemctl disable fsmount
+    """
+    with site.booted(more=more) as machine:
+        machine.run("systemctl", "start", "manager")
+        as_user = (
+            "setpriv",
+            "--reuid=builder",
+            "--regid=builder",
+            "--init-groups",
+            "env",
+            "HOME=/home/builder",
+        )
+        as_user = (*as_user, "XDG_RUNTIME_DIR=/run/builder")
+        tell = (*as_user, "systemctl", "--user")
+        file = "/home/builder/builds/web/v1.4.1/tag"
+        machine.run(*tell, "start", "fsmount")
+        assert machine.run(*as_user, "cat", file) == "v1.4.1"
+        mount = machine.run("findmnt", "-n", "-o", "ID", "/home/builder/builds")
+        pid = machine.run(*tell, "show", "--value", "--property=MainPID", "fsmount").strip()
+        machine.run("kill", "-KILL", pid)
+        restarts = (*tell, "show", "--value", "--property=NRestarts", "--property=ActiveState", "fsmount")
+        assert wait_until(lambda: sorted(machine.run(*restarts).split()) == ["1", "active"]), machine.run(
+            *restarts
+        )
+        assert machine.run("findmnt", "-n", "-o", "ID", "/home/builder/builds") == mount
+        assert machine.run(*as_user, "cat", file) == "v1.4.1"
+        machine.run(*tell, "stop", "fsmount")
+        machine.run("findmnt", "/home/builder/builds", code=1)
