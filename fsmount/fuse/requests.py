@@ -26,6 +26,7 @@ from fsmount.fuse.protocol import (
     Attributes,
     Opcode,
     Refusal,
+    Request,
     error_reply,
     pack_attributes,
     pack_entry,
@@ -45,6 +46,9 @@ _LEAVING_SECONDS = 3.0
 #: Requests that may be read one after the other before everything else in the process has had its turn.
 _IN_A_ROW = 32
 _MOST_MESSAGES = 1000
+#: How soon the kernel asks once more for what it was answered ETIMEDOUT, and how long that may take.
+_ONCE_MORE_SECONDS = 1.0
+_LAST_SECONDS = 0.1
 #: How soon the kernel shall say again that a caller was interrupted by a signal that does not end its wait.
 _AGAIN_SECONDS = 0.1
 _ENDING = sum(
@@ -145,6 +149,8 @@ class _Loop:
         #: The requests that wait, by `unique`.
         self._waiting: dict[int, _Waiting] = {}
         self._answered = trio.lowlevel.ParkingLot()
+        #: When which process has waited in vain for a file's content.
+        self._in_vain: dict[tuple[int, int], float] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -194,7 +200,7 @@ class _Loop:
             elif answer is not None:
                 # Here and not in the task: its caller may give up before it has begun.
                 waiting = self._waiting[unique] = _Waiting(trio.CancelScope(), request.pid)
-                self._nursery.start_soon(self._wait, opcode, unique, began, answer, waiting.scope)
+                self._nursery.start_soon(self._wait, request, began, answer, waiting.scope)
         except Exception as error:
             self._fail(opcode, unique, began, error)
 
@@ -223,13 +229,13 @@ class _Loop:
 
     async def _wait(
         self,
-        opcode: int,
-        unique: int,
+        request: Request,
         began: float,
         answer: Coroutine[None, None, Attributes | bytes],
         scope: trio.CancelScope,
     ) -> None:
-        seconds = self._deadlines.of(opcode)
+        opcode, unique = request.opcode, request.unique
+        seconds = self._seconds(request)
         try:
             with scope, trio.move_on_after(seconds) as deadline:
                 self._reply(unique, _packed(opcode, await answer))
@@ -246,8 +252,27 @@ class _Loop:
         code = errno.EINTR
         if deadline.cancelled_caught:
             code = errno.ETIMEDOUT
+            if opcode == Opcode.READ and seconds > _LAST_SECONDS:
+                self._note_in_vain(request)
             self._note_failure(opcode, code, f"no answer within {seconds:g} s")
         self._refuse(opcode, unique, began, code)
+
+    def _seconds(self, request: Request) -> float:
+        """How long its caller may have to wait.
+
+        When its read-ahead gets an error, the kernel asks once more for the page that is needed: who has waited in vain
+        for the one does not wait as long for the other.
+        """
+        since = self._in_vain.pop((request.inode, request.pid), -math.inf)
+        if request.opcode == Opcode.READ and trio.current_time() - since < _ONCE_MORE_SECONDS:
+            return _LAST_SECONDS
+        return self._deadlines.of(request.opcode)
+
+    def _note_in_vain(self, request: Request) -> None:
+        now = trio.current_time()
+        if len(self._in_vain) >= _MOST_MESSAGES:
+            self._in_vain = {key: at for key, at in self._in_vain.items() if now - at < _ONCE_MORE_SECONDS}
+        self._in_vain[request.inode, request.pid] = now
 
     def _interrupt(self, unique: int, interrupted: int) -> None:
         """The kernel says so, once, for every signal that the caller has a handler for; most do not end its wait.

@@ -257,6 +257,16 @@ async def test_an_answer_too_late_is_a_timeout(
     ]
 
 
+async def test_who_waited_in_vain_for_a_read_does_not_wait_as_long_when_the_kernel_asks_once_more(
+    autojump_clock: MockClock,
+) -> None:
+    async with serving(Cases(waits=True), Deadlines(content_seconds=60)) as kernel:
+        for pid, seconds in ((7, 60), (7, 60.1), (7, 120.1), (8, 180.1)):
+            kernel.send(Opcode.READ, 9, _read_in(0, 512), pid=pid)
+            assert (await kernel.receive())[1] == errno.ETIMEDOUT
+            assert trio.current_time() == pytest.approx(seconds)
+
+
 async def test_a_caller_that_gives_up_is_let_go_and_others_wait_on() -> None:
     cases = Cases(waits=True)
     async with serving(cases) as kernel:
