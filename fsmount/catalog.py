@@ -297,7 +297,12 @@ class Catalog:
     def watch_lists(self) -> None:
         """Has the lists of tags looked after that are known, also those that an earlier process has left."""
         for app in self.apps.values():
-            if not self.freshness.is_watched(app.name) and self._lists.known(app) is not None:
+            try:
+                is_known = self._lists.known(app) is not None
+            except FsmountError as error:
+                log.warning("the tags of %s are not looked after yet: %s", app.name, error.message)
+                continue
+            if is_known and not self.freshness.is_watched(app.name):
                 self._watch_tags(app, asked_at=None)
 
     def _watch_tags(self, app: App, *, asked_at: float | None) -> None:

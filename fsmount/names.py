@@ -98,9 +98,15 @@ class Names:
         view = self._views.get(number)
         if view is None:
             record = self._numbers.view(number)
-            app = self._app_of(record) if record is not None else None
-            if record is not None and app is not None:
-                view = self._views[number] = View(app, record)
+            view = self._of(record) if record is not None else None
+        return view
+
+    def _of(self, record: ViewRecord) -> View | None:
+        view = self._views.get(record.number)
+        if view is None:
+            app = self._app_of(record)
+            if app is not None:
+                view = self._views[record.number] = View(app, record)
         return view
 
     def _app_of(self, record: ViewRecord) -> App | None:
@@ -115,8 +121,8 @@ class Names:
 
     def showing(self, layer: int) -> list[View]:
         """The views that show the layer of that number: the latest first, and those last whose app is gone."""
-        views = [self.numbered(record.number) for record in self._numbers.views_of(layer)]
-        return sorted(filter(None, views), key=lambda view: isinstance(view.app.source, Gone))
+        views = filter(None, map(self._of, self._numbers.views_of(layer)))
+        return sorted(views, key=lambda view: isinstance(view.app.source, Gone))
 
     # Changes
 

@@ -95,7 +95,9 @@ class Numbers:
 
     def note_shown(self, view: int, layers: Collection[int]) -> None:
         """Takes note that a view shows some layers, so that these can be found by their numbers."""
-        known = {row[0] for row in self._state.rows("SELECT layer FROM shown WHERE view = ?", view)}
+        marks = ", ".join("?" for _ in layers)
+        query = f"SELECT layer FROM shown WHERE layer IN ({marks}) AND view = ?"
+        known = {row[0] for row in self._state.rows(query, *layers, view)}
         missing = [(number, view) for number in layers if number not in known]
         if missing:
             self._state.write_many("INSERT OR IGNORE INTO shown VALUES (?, ?)", missing)
