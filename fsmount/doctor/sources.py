@@ -130,6 +130,10 @@ def _remedy(error: FsmountError) -> str | None:
     if "certificate has expired" in error.message or "not yet valid" in error.message:
         now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         return f"If this machine's clock is right ({now}), have the certificate renewed."
+    if "mismatch" in error.message:
+        return (
+            "Use a name that the certificate has; or a proxy or captive portal answers in the server's place."
+        )
     return error.remedy or _SILENT
 
 

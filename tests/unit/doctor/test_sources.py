@@ -132,6 +132,22 @@ def test_a_server_that_does_not_say_what_time_it_is_is_not_judged_by_it() -> Non
     assert "clock" not in {one.check for one in sources.judge(greeting(ahead_seconds=None), ORIGIN, None)}
 
 
+@pytest.mark.parametrize(
+    "said, remedy",
+    [
+        ("certificate has expired", "If this machine's clock is right"),
+        ("certificate is not yet valid", "If this machine's clock is right"),
+        ("Hostname mismatch, certificate is not valid for 'x'.", "Use a name that the certificate has"),
+        ("unable to get local issuer certificate", "Add it."),
+    ],
+)
+def test_what_is_to_be_done_about_a_certificate_depends_on_what_is_wrong_with_it(
+    said: str, remedy: str
+) -> None:
+    error = Unreachable(f"it cannot be reached: its certificate is not trusted: {said}", remedy="Add it.")
+    assert (sources._remedy(error) or "").startswith(remedy)
+
+
 @pytest.mark.parametrize("days, verdict", [(80, OK), (15, OK), (13, WARNING), (0, WARNING)])
 def test_a_certificate_that_expires_within_a_fortnight_is_a_warning(days: int, verdict: Verdict) -> None:
     expires = datetime.now(UTC) + timedelta(days=days, hours=1)
