@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -485,8 +486,9 @@ def test_the_unit_of_the_documentation_for_an_ordinary_user_mounts_and_survives_
     (site.work / "user.toml").write_text(f'[apps.web]\nrepository = "{site.registry.host}/team/web"\n')
     site.work.chmod(0o755)
     above = {folder for prefix in (sys.prefix, sys.base_prefix) for folder in Path(prefix).parents}
+    closed = [folder for folder in above if not folder.stat().st_mode & stat.S_IXOTH]
     more = f"""
-        chmod a+x {" ".join(map(str, above))}
+        for folder in {" ".join(map(str, closed))}; do chmod a+x "$folder"; done
         # As udev has it.
         mknod -m 0666 /run/fuse c 10 229
         mount --bind /run/fuse /dev/fuse
