@@ -25,7 +25,7 @@ from fsmount.fuse.refusing import Refusing
 from fsmount.fuse.requests import Deadlines, Handlers
 from fsmount.fuse.session import Ending, Session
 from fsmount.fuse.tally import Tally
-from fsmount.notify import HOLDER, Service
+from fsmount.notify import HOLDER, LAST_DEATH, Service
 from fsmount.publisher import Publisher
 from fsmount.singleflight import in_background, single_error
 from fsmount.status import Observer, Process, State, as_json
@@ -158,6 +158,7 @@ class Daemon:
         return Process(
             holder=int(holder) if holder is not None else None,
             starts=record.starts,
+            last_death=os.environ.get(LAST_DEATH),
             mode=_STATES[self.succession.mode],
         )
 

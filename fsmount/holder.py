@@ -201,6 +201,7 @@ class Holder:
             self._failures += 1
         if code:
             log.error("the process %d that serves the mount has ended: %s", worker.pid, _manner(code))
+            self._environ[notify.LAST_DEATH] = f"{_manner(code)}, at {time.strftime('%Y-%m-%d %H:%M:%S')}"
         pause = 0.0
         if code and lived < _SOUND_SECONDS:
             pause = min(_SHORTEST_PAUSE * 2 ** min(self._failures, 10), _LONGEST_PAUSE)

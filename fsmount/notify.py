@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 
-#: A variable of our own: the process id of the holder, where it is ours, and not systemd.
+#: Variables of our own: the process id of the holder, where it is ours, and not systemd; and how, as it has seen, the last
+#: process has ended that was not told to.
 HOLDER = "FSMOUNT_HOLDER"
+LAST_DEATH = "FSMOUNT_LAST_DEATH"
 #: Where inherited descriptors begin.
 FIRST_DESCRIPTOR = 3
 #: What the one message may take on which the next process depends, if the queue is full.

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -212,7 +213,10 @@ def test_an_upgrade_replaces_both_processes_programs_and_readers_notice_nothing(
         # The holder holds on as before.
         kill(mountpoint)
         assert os.listdir(mountpoint / "app") == ["v1"]
-        assert "killed by SIGKILL" in (work / "cache/log/mount.log").read_text()
+        said = fsmount("status", mountpoint, "--json", cache=work / "cache").stdout
+        process = json.loads(said)["process"]
+        assert (process["pid"], process["holder"], process["starts"]) == (daemon(mountpoint), keeper, 3)
+        assert process["last_death"].startswith("killed by SIGKILL, at 2")
 
 
 def test_the_next_process_goes_by_the_configuration_of_before_when_the_present_one_is_not_good(
