@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 
-#: Variables of our own: the process id of the holder, where it is ours, and not systemd; and how, as it has seen, the last
-#: process has ended that was not told to.
+#: Variables of our own: the process id of the holder, where that is ours, and not systemd; and how the last process has
+#: ended that was not told to.
 HOLDER = "FSMOUNT_HOLDER"
 LAST_DEATH = "FSMOUNT_LAST_DEATH"
 #: Where inherited descriptors begin.
