@@ -34,6 +34,8 @@ _TYPES = tuple(EntryType)
 
 #: Rows that are written at once.
 _ROWS = 4096
+#: What any tree takes.
+_LITTLE = 256 * 1024
 #: Merged directories whose place in the layers is remembered while the tree is not on disk.
 _STACKS = 4096
 
@@ -347,6 +349,7 @@ class Tree:
         self._diff_ids = diff_ids
         self._nursery = nursery
         self.layers = layers
+        self._folder = folder
         self._path = folder.trees / f"{digest.algorithm}-{digest.hex}.sqlite"
         self._numbers = [layer.number for layer in layers]
         self._stored: StoredTree | None = None
@@ -456,6 +459,10 @@ class Tree:
         # Connections of its own: those of the layers belong to the event loop's thread.
         indexes = [layer.reopen_index() for layer in self.layers]
         try:
+            with disk_errors(self._path):
+                # About as large as they are.
+                size = sum(layer.index_path.stat().st_size for layer in self.layers)
+            self._folder.make_room(size + _LITTLE)
             write_tree(self._path, indexes)
         except Invalid as error:
             raise Invalid(f"image {self.digest}: {error.message}", remedy=error.remedy) from error

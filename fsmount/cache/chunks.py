@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from fsmount.cache.eviction import Eviction, is_no_space
+from fsmount.cache.eviction import Eviction, TooLarge, is_no_space
 from fsmount.cache.folder import from_os_error, from_sqlite_error
 from fsmount.cache.hot import HotChunks, Stamp, stamp_of
 from fsmount.cache.keeper import Keeper
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 STORE_THREADS = 4
 #: How long a chunk waits for others to be stored, while storing is known to fail.
 _TROUBLED_SECONDS = 0.05
+#: How long nothing is stored after it has failed, and where what was stored cannot be read.
+_PAUSE_SECONDS = 1.0
+_UNREADABLE_SECONDS = 10.0
 #: What opening the other files of a cache folder takes of a disk that is full.
 _FIRST_ROOM = 128 * 1024
 
@@ -67,6 +71,9 @@ class ChunkStore:
         #: Of each chunk, the file that was found to have a digest, as it was then.
         self._verified: dict[str, tuple[Stamp, str]] = {}
         self._dropped: dict[str, int] = {}
+        #: Nothing is stored before.
+        self._paused_until = 0.0
+        self._has_told_too_large = False
         #: How many chunks were found on the disk when somebody wanted to read them, and how many were not.
         self.hits = 0
         self.misses = 0
@@ -91,7 +98,7 @@ class ChunkStore:
 
     @property
     def volume(self) -> int:
-        """Bytes that count against the size, now; 0 if that cannot be told. As `room`, it blocks on the disk, briefly."""
+        """Bytes that count against the size, now; 0 if that cannot be told. As `room`: blocks on the disk, briefly."""
         return self._ask(self._room.counted)
 
     @property
@@ -152,7 +159,16 @@ class ChunkStore:
 
         None at all if the disk fails, or somebody has changed the file since it was verified: then `drop` the chunk.
         """
-        return self._hot.read(descriptor, size, offset)
+        try:
+            return self._hot.read(descriptor, size, offset)
+        except OSError as error:
+            self._fail_to_read(error)
+            return b""
+
+    def _fail_to_read(self, error: OSError) -> None:
+        """Takes note that what was stored cannot be read: if it were stored again, that would go on for ever."""
+        self._pause(_UNREADABLE_SECONDS)
+        self._fail(error)
 
     async def open(self, key: str, sha256: bytes | None = None) -> int | None:
         """Makes a stored chunk hot; None if it is not stored, or no longer has that digest (then it is dropped).
@@ -215,7 +231,7 @@ class ChunkStore:
         try:
             return _digest(descriptor).hex() == sha256
         except OSError as error:
-            self._fail(error)
+            self._fail_to_read(error)
             return False
 
     def _keep_open(self, key: str, descriptor: int, stamp: Stamp, *, is_held: bool = False) -> None:
@@ -239,6 +255,8 @@ class ChunkStore:
         if type(key) is not str:
             raise TypeError("chunk keys are text")
         view = memoryview(data)
+        if time.monotonic() < self._paused_until:
+            return False
         size = blocks(view.nbytes)
         try:
             if self._eviction.table.log_overflows:
@@ -250,6 +268,11 @@ class ChunkStore:
                     raise
                 # Others have filled the disk since room was made, or the table itself had none.
                 self._store(key, view, size, sha256)
+        except TooLarge as error:
+            if not self._has_told_too_large:
+                self._has_told_too_large = True
+                log.error("%s: it is served without caching", error.message)
+            return False
         except (OSError, sqlite3.Error, NoSpace) as error:
             self._fail(error)
             return False
@@ -277,17 +300,19 @@ class ChunkStore:
             raise
         self._verified[key] = stamp, sha256.hex()
 
+    def _pause(self, seconds: float) -> None:
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
     def _fail(self, error: Exception) -> None:
         """Takes note that the disk or the table fails; a table that is damaged, or gone, is begun anew."""
+        self._pause(_PAUSE_SECONDS)
         match error:
             case FsmountError():
                 failure = error
             case sqlite3.Error():
                 failure = from_sqlite_error(error, self._folder)
-                try:
+                with contextlib.suppress(OSError, sqlite3.Error):  # then it is tried again later
                     self._eviction.mend(error)
-                except (OSError, sqlite3.Error) as another:
-                    log.error("the chunk store cannot be opened again: %s", another)
             case OSError():
                 failure = from_os_error(error, self._folder)
             case _:

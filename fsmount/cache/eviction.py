@@ -21,12 +21,10 @@ log = logging.getLogger(__name__)
 
 #: Rows that are looked at in one go for some that may be evicted.
 _PAGE = 64
-#: If nothing may be evicted, it is not looked for again for so long.
-_FRUITLESS_SECONDS = 1.0
 #: Some file systems (Btrfs, XFS) show the space of a removed file only later; it is waited for so long.
 _OWED_SECONDS = 30.0
 #: A table is not begun anew more often.
-_MEND_SECONDS = 60.0
+_ANEW_SECONDS = 60.0
 #: Between two times at which those who open chunks write down what was used.
 _NOTE_SECONDS = 1.0
 #: Bytes of the disk that the table's files need when it is full, to be opened at all.
@@ -47,6 +45,10 @@ _TROUBLES = frozenset(
 )
 
 
+class TooLarge(NoSpace):
+    """It would not fit if nothing else were there."""
+
+
 class Eviction:
     """The files of chunks that are stored, and those that are about to be; for any thread, of any number of processes.
 
@@ -63,14 +65,13 @@ class Eviction:
         self._aside = Aside(folder)
         self.table = _open_table(folder, self._aside)
         self._lease = Lease(folder / "leases")
-        self._mended_at = float("-inf")
+        self._begun_at = float("-inf")
         # One thread at a time makes room; what they write themselves, they write side by side.
         self._lock = threading.RLock()
         self._pins: frozenset[str] = frozenset()
         self._pin_lengths: Sequence[int] = ()
         #: Whatever comes before it in the order of use may not go.
         self._place = START
-        self._fruitless_until = 0.0
         #: Rows whose files are gone, and reservations that are no longer needed, as far as the table does not know it.
         self._gone: list[Row] = []
         self._released: list[str] = []
@@ -92,7 +93,6 @@ class Eviction:
             self._pins = prefixes
             self._pin_lengths = sorted({len(prefix) for prefix in prefixes})
             self._place = START
-            self._fruitless_until = 0.0
 
     def taken(self) -> Taken:
         """What counts now. Raises: sqlite3.Error."""
@@ -138,7 +138,7 @@ class Eviction:
 
     def _check_fits(self, size: int, taken: Taken) -> None:
         if size + GROWTH_BYTES + taken.database > self._room.size:
-            raise NoSpace(f"a chunk of {size} bytes is too large for cache.size, {self._room.size} bytes")
+            raise TooLarge(f"a chunk of {size} bytes is too large for cache.size, {self._room.size} bytes")
 
     def _too_low(self) -> NoSpace:
         if self._room.free() < _OPENING_ROOM:
@@ -181,8 +181,6 @@ class Eviction:
     def _pick(self, short: int) -> list[Row]:
         """The rows that go first, as many as needed, or BATCH. Raises: sqlite3.Error."""
         picked: list[Row] = []
-        if time.monotonic() < self._fruitless_until:
-            return picked
         in_use = self._in_use()
         begins_anew = self._place != START
         while True:
@@ -198,10 +196,7 @@ class Eviction:
             if len(rows) == _PAGE:
                 continue
             self._place = START
-            if picked:
-                return picked
-            if not begins_anew:
-                self._fruitless_until = time.monotonic() + _FRUITLESS_SECONDS
+            if picked or not begins_anew:
                 return picked
             begins_anew = False
 
@@ -321,12 +316,13 @@ class Eviction:
             if self.table.is_spoilt_by(error):
                 self._begin_anew(str(error))
 
-    def _begin_anew(self, damage: str | None = None) -> None:
-        if damage is not None and self.table.is_there():
-            now = time.monotonic()
-            if now < self._mended_at + _MEND_SECONDS:
-                return
-            self._mended_at = now
+    def _begin_anew(self, damage: str = "") -> None:
+        """damage: what is wrong with the table, if it is the one that lies there."""
+        now = time.monotonic()
+        if now < self._begun_at + _ANEW_SECONDS:
+            raise FileNotFoundError(errno.ENOENT, "its table is gone, or damaged")
+        self._begun_at = now
+        if self.table.is_there():
             log.warning("the chunk store is damaged (%s): starting with an empty one", damage)
             self._aside.take(self._folder)
         self._folder.mkdir(mode=0o700, exist_ok=True)

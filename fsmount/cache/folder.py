@@ -5,12 +5,15 @@ import errno
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fsmount.errors import FsmountError, NoSpace, Refused, UsageError
 from fsmount.oci.digest import Digest
+
+#: What names and folders take besides content, with some to spare.
+_LITTLE = 128 * 1024
 
 
 class CacheFolder:
@@ -34,6 +37,8 @@ class CacheFolder:
         self.trees = path / "trees"
         self.manifests = path / "manifests"
         self.state = path / "state.sqlite"
+        #: Frees so many bytes of the disk, as far as it can, for what is kept here for ever: the chunk store's to set.
+        self.make_room: Callable[[int], None] = lambda size: None
         with disk_errors(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = path.stat()
@@ -63,7 +68,8 @@ class CacheFolder:
         return None
 
     def save_manifest(self, digest: Digest, data: bytes) -> None:
-        """Keeps a verified document. Raises: NoSpace."""
+        """Keeps a verified document. For worker threads. Raises: NoSpace."""
+        self.make_room(len(data) + _LITTLE)
         with disk_errors(self.manifests), whole_file(self.manifest_path(digest)) as partial:
             partial.write_bytes(data)
 

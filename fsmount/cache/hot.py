@@ -59,12 +59,9 @@ class HotChunks:
         return chunk.descriptor
 
     def read(self, descriptor: int, size: int, offset: int) -> bytes:
-        """Bytes of an open chunk; none if the disk fails, or somebody has changed the file since it was checked."""
-        try:
-            data = os.pread(descriptor, size, offset)
-            status = os.fstat(descriptor)
-        except OSError:
-            return b""
+        """Bytes of an open chunk; none if somebody has changed the file since it was checked. Raises: OSError."""
+        data = os.pread(descriptor, size, offset)
+        status = os.fstat(descriptor)
         _, stamped_size, modified_ns, changed_ns = self._by_descriptor[descriptor].stamp
         if status.st_mtime_ns != modified_ns or status.st_size != stamped_size:
             return b""

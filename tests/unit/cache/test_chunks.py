@@ -365,9 +365,8 @@ async def test_a_table_that_is_damaged_or_lost_while_it_is_in_use_is_begun_anew(
     store: ChunkStore,
     what: str,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("fsmount.cache.trouble._QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("fsmount.cache.chunks._PAUSE_SECONDS", 0.0)
     for number in range(100):
         put(store, str(number), GOOD)
     await store.open("1", SHA256)

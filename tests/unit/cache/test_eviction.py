@@ -36,8 +36,8 @@ def room_for(folder: Path) -> Callable[[int], int]:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was found not to be evictable is asked again at once."""
-    monkeypatch.setattr("fsmount.cache.eviction._FRUITLESS_SECONDS", 0.0)
+    """What could not be stored is tried again at once."""
+    monkeypatch.setattr("fsmount.cache.chunks._PAUSE_SECONDS", 0.0)
 
 
 def put(store: ChunkStore, *keys: object) -> list[bool]:
