@@ -7,7 +7,7 @@ from typing import TypeAlias
 from fsmount.config import Cache, Config, Deadlines, Defaults, Metrics, Network, Registry
 
 #: What a process was started with it keeps: the kernel, and other processes of the cache, rely on it.
-_NEEDS_RESTART = frozenset({"mountpoint", "cache.path", "cache.max_layer_size"})
+_NEEDS_RESTART = frozenset({"mountpoint", "cache.path", "cache.max_layer_size", "metrics.textfile"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def applicable(old: Config, new: Config) -> Config:
     """The new configuration, with the old one's values of what needs a restart."""
     kept = {"path": old.cache.path, "max_layer_size": old.cache.max_layer_size}
     cache = new.cache.model_copy(update=kept)
-    return new.model_copy(update={"mountpoint": old.mountpoint, "cache": cache})
+    return new.model_copy(update={"mountpoint": old.mountpoint, "cache": cache, "metrics": old.metrics})
 
 
 _Table: TypeAlias = Cache | Defaults | Network | Deadlines | Metrics

@@ -96,6 +96,7 @@ class Daemon:
         engine_s = open_engine(self.config, mount=self.session.mountpoint, is_offline=is_offline)
         async with engine_s as engine, trio.open_nursery() as nursery:
             nursery.start_soon(in_background, "keeping the cache in bounds", engine.layers.chunks.keep_room)
+            self.session.numbers = engine.numbers.identity
             shown = engine.layers.shown
             if shown is not None:
                 if not self.session.may_inherit:
@@ -207,10 +208,13 @@ def _set(deadlines: Deadlines, config: Config) -> None:
 
 
 async def _reload_on_sighup(actions: Actions) -> None:
+    async def reload() -> None:
+        with suppress(UsageError):  # it is in the log
+            await actions.reload()
+
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         async for _ in signals:
-            with suppress(UsageError):  # it is in the log
-                await actions.reload()
+            await in_background("reading the configuration again", reload)
 
 
 def _work_unasked(engine: Engine, nursery: trio.Nursery) -> None:

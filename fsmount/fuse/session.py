@@ -69,9 +69,13 @@ class Session:
         self.is_drained = False
         #: Whether an earlier process has served the mount.
         self.is_inherited = False
+        #: Says which inode numbers the handlers know; a mount whose kernel has others is not gone on with. None: all.
+        self.numbers: str | None = None
         #: What becomes of the mount when `serve` is cancelled or fails.
         self.ending = Ending.UNMOUNT if keeper is None else Ending.LEAVE
         self._keeper = keeper
+        #: The name by which it keeps the device.
+        self._stored = ""
         self._leave = trio.Event()
         self._device: int | None = None
 
@@ -125,7 +129,7 @@ class Session:
                         if not mounts.set_read_ahead(self.mountpoint, read_ahead_kib):
                             log.info("the read-ahead of %s stays at the kernel's default", self.mountpoint)
                         if self._keeper is not None:
-                            self._keeper.store(stored.name_of(connection.mount), connection.device)
+                            self._store(self._keeper, connection)
                     ready = True
                     task_status.started()
         if not ready:
@@ -169,10 +173,11 @@ class Session:
             device = keeper.inherited.pop(name)
             # The number of a mount that is gone may be another's by now.
             mount = stored.mount_of(name) if stored.is_whole(device) else None
-            if mount is not None and mount.mountpoint == self.mountpoint and name == stored.name_of(mount):
+            is_wanted = mount is not None and mount.mountpoint == self.mountpoint
+            if mount is not None and is_wanted and stored.is_agreed(name, self.numbers):
                 os.set_blocking(device, False)
                 if is_drained or _resend(device):
-                    found = _Connection(mount, device)
+                    found, self._stored = _Connection(mount, device), name
                     continue
                 log.warning(
                     "%s is mounted anew: this kernel (before 6.9) cannot send again what the process that ended"
@@ -180,13 +185,23 @@ class Session:
                     self.mountpoint,
                 )
             elif mount is not None:
-                log.warning("%s is unmounted: it is not what is to be served now", mount.mountpoint)
+                log.warning(
+                    "%s is unmounted: %s",
+                    mount.mountpoint,
+                    "its kernel knows it by other numbers than this cache, or this version"
+                    if is_wanted
+                    else "it is not what is to be served now",
+                )
             keeper.remove(name)
             if mount is not None:
                 mounts.detach(mount)
             os.close(device)
         self.is_inherited = found is not None
         return found
+
+    def _store(self, keeper: Keeper, connection: "_Connection") -> None:
+        self._stored = stored.name_of(connection.mount, self.numbers or "")
+        keeper.store(self._stored, connection.device)
 
     @contextmanager
     def _connected(self, connection: "_Connection") -> Iterator[None]:
@@ -201,7 +216,7 @@ class Session:
             top = mounts.find(self.mountpoint)
             if top is not None and top.device == mount.device and self.ending is Ending.UNMOUNT:
                 if self._keeper is not None:
-                    self._keeper.remove(stored.name_of(mount))
+                    self._keeper.remove(self._stored)
                 mounts.detach(top)
 
 

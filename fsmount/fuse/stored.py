@@ -10,10 +10,16 @@ _PREFIX = "mount-"
 _AGREEMENT = 1
 
 
-def name_of(mount: mounts.Mount) -> str:
-    """The name by which this version keeps the device of a mount."""
+def name_of(mount: mounts.Mount, numbers: str) -> str:
+    """The name by which this version keeps the device of a mount. numbers: says by which its inodes are named."""
     # systemd has the names of stored descriptors without colons.
-    return f"{_PREFIX}{_AGREEMENT}-{mount.device.replace(':', '.')}"
+    return f"{_PREFIX}{_AGREEMENT}.{numbers}-{mount.device.replace(':', '.')}"
+
+
+def is_agreed(name: str, numbers: str | None) -> bool:
+    """Whether what is kept by this name can be served by this version, with these numbers; None: it needs none."""
+    prefix = f"{_PREFIX}{_AGREEMENT}."
+    return name.startswith(prefix if numbers is None else f"{prefix}{numbers}-")
 
 
 def is_device(name: str) -> bool:

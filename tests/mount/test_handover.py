@@ -178,6 +178,21 @@ async def test_a_mount_that_is_no_longer_wanted_is_taken_away(
             mounts.unmount(other, lazy=True)
 
 
+async def test_a_mount_whose_kernel_knows_other_inode_numbers_is_made_anew(
+    mountpoint: Path, keeper: Keeper
+) -> None:
+    with trio.fail_after(_SECONDS):
+        for numbers, is_inherited in (("one", False), ("one", True), ("other", False), (None, True)):
+            following = Session(mountpoint, keeper=keeper.next())
+            following.numbers = numbers
+            async with trio.open_nursery() as nursery:
+                await nursery.start(following.serve, toy.Toy())
+                assert following.is_inherited == is_inherited
+                assert await stat(mountpoint / "same") == 0
+                assert len(keeper.kept) == 1
+                following.leave()
+
+
 async def test_the_device_of_a_mount_that_was_unmounted_meanwhile_is_not_gone_on_with(
     mountpoint: Path, keeper: Keeper
 ) -> None:

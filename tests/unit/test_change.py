@@ -64,8 +64,8 @@ REPORTS = [
                 "network.connect_timeout",
                 "network.tries",
                 "deadlines.names",
-                "metrics.textfile",
-            )
+            ),
+            needs_restart=("metrics.textfile",),
         ),
     ),
     (

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-
 _ROOT = Path(__file__).parents[2]
 _SECONDS = 20.0
 _HOLDER = """

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,8 +32,9 @@ class Chain:
 
 
 @pytest.fixture
-def chain(monkeypatch: pytest.MonkeyPatch) -> Chain:
-    return Chain(monkeypatch, notify.listen())
+def chain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chain]:
+    with notify.listen() as listener:
+        yield Chain(monkeypatch, listener)
 
 
 def test_the_first_process_may_do_everything(chain: Chain) -> None:
