@@ -18,7 +18,7 @@ from pathlib import Path
 from scripts.soaking import builds, diary, verdict
 from scripts.soaking.front import Front
 from scripts.soaking.reader import Task, start
-from scripts.soaking.subject import Broken, Subject, descriptors_and_memory, prepared
+from scripts.soaking.subject import CACHE_BYTES, Broken, Subject, descriptors_and_memory, prepared
 from scripts.soaking.trouble import REFUSING_DEATHS, Troublemaker, plan
 from scripts.soaking.verdict import Circumstances, Phase
 from scripts.soaking.watch import Watch
@@ -29,6 +29,7 @@ _RECOVERY_SECONDS = 60.0
 _CACHED = tuple("/".join(tag) for tag in builds.CACHED)
 #: What a reader may take to end that is told to, also if it waits for the mount.
 _ENDING_SECONDS = 10.0
+_MEASURING_SECONDS = 0.5
 #: Of a run: what goes to kills of cached content, once with the registry and once without.
 _CALM_SHARE = 0.14
 #: For `--only kills`: how many read, and how long after one kill the next comes.
@@ -109,6 +110,9 @@ class Soak:
     trouble: Troublemaker = field(init=False)
     front: Front = field(init=False)
     watch: Watch = field(init=False)
+    #: What the chunks have taken of the disk at most.
+    most_bytes: int = 0
+    _measured: float = 0.0
     _readers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -195,6 +199,7 @@ class Soak:
                 *self._read("held", 1, ("bulk/v1", "soci/v1", "star/v2"), pause=0.2),
                 *self._read("walk", 1, self._everything, pause=1.0),
                 *self._read("fresh", 1, self._tags([builds.FRESH]), pause=1.0),
+                *self._read("snapshots", 1, self._everything, pause=4.0),
                 *self._read("moves", 1, (), pause=0.5),
             ]
             self._make_trouble(seconds * (1 - 2 * _CALM_SHARE), busy_kills, faults=True)
@@ -232,6 +237,7 @@ class Soak:
             upgrades=0 if self.options.only or not kills else max(1, int(seconds / 60)),
             freezes=int(faults and is_long and kills > 0),
             faults=faults,
+            pairs=not faults and self.options.only is None,
             long=is_long,
         )
         self.trouble.work(steps, seconds, self._look)
@@ -282,6 +288,9 @@ class Soak:
         """Readers end only when they are told to, and nothing hangs. Raises: Broken."""
         if self.watch.too_long:
             raise Broken("something waits for too long: nothing further is tried")
+        if time.monotonic() > self._measured + _MEASURING_SECONDS:
+            self._measured = time.monotonic()
+            self.most_bytes = max(self.most_bytes, self.subject.chunk_bytes())
         for name, process in list(self._readers.items()):
             if process.poll() not in (None, 0):
                 self._readers.pop(name)
@@ -332,6 +341,10 @@ class Soak:
         events = diary.events(self.diaries)
         found = verdict.judge(events, self.circumstances, self.phases)
         self.violations += [*found.violations, *self.trouble.failures, *self.watch.too_long]
+        if self.most_bytes > CACHE_BYTES:
+            self.violations.append(
+                f"the chunks took {self.most_bytes} bytes of the {CACHE_BYTES} that they may"
+            )
         operations, verified = diary.counts(self.diaries)
         lines = [
             f"operations: {_listed(operations)}; {verified / 1e6:.0f} MB verified",
@@ -354,6 +367,7 @@ class Soak:
                 lines.append(f"    each: {' '.join(f'{seconds:.2f}' for seconds in felt)}")
         if (sleep := self.watch.longest) is not None:
             lines.append(f"longest in state D: {sleep.seconds:.1f} s in {sleep.where}, {sleep.name}")
+        lines.append(f"the chunks took {self.most_bytes / 1e6:.1f} of {CACHE_BYTES / 1e6:.0f} MB at most")
         lines += self.notes
         lines.append(verdict.report(self.violations, "violations"))
         return "\n".join(lines)

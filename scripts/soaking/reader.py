@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scripts.soaking.builds import Builds, File, Tree, content
 from scripts.soaking.diary import Diary, Event
+from scripts.soaking.subject import environment
 
 #: What a program may take that does many calls, each of which may take its deadline, before it is told to end.
 _PROGRAM_SECONDS = 40.0
@@ -106,11 +107,17 @@ class Reader:
         )
 
     def run(
-        self, kind: str, command: Sequence[str | Path], *, cwd: Path | None = None
+        self,
+        kind: str,
+        command: Sequence[str | Path],
+        *,
+        cwd: Path | None = None,
+        codes: Mapping[int, str] | None = None,
     ) -> tuple[str, int] | None:
         """What a program prints, and its exit status; None if it met an error, which is noted.
 
-        One that takes too long is told to end, as a user would; it must do so at once.
+        One that takes too long is told to end, as a user would; it must do so at once. codes: which error an exit
+        status stands for; without them each line of stderr is one.
         """
         what = " ".join(map(str, command))
         begin = time.monotonic()
@@ -124,7 +131,7 @@ class Reader:
                 text=True,
                 errors="surrogateescape",
                 cwd=cwd,
-                env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+                env=environment(Path(self.task.folder)),
             ) as process:
                 try:
                     out, err = process.communicate(timeout=_PROGRAM_SECONDS)
@@ -141,10 +148,13 @@ class Reader:
         if done is None:
             return None
         out, err, status = done
-        failures = [_errno_of(line) for line in err.splitlines() if line.strip()]
+        lines = [line for line in err.splitlines() if line.strip()]
+        if codes is not None:
+            lines = lines[-1:] if status else []
+        failures = [(codes or {}).get(status) or _errno_of(line) for line in lines]
         if status < 0 and not failures:
-            failures = [f"signal {-status}"]
-        for failure, line in zip(failures, err.splitlines() or [what], strict=False):
+            failures, lines = [f"signal {-status}"], [what]
+        for failure, line in zip(failures, lines, strict=True):
             self.diary.note(Event(self.task.name, kind, what, begin, time.monotonic(), failure, line))
         return None if failures else (out, status)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 from scripts.soaking.builds import LIVE, MOVING, PROGRAM, REVISION, File, content, revision
@@ -244,6 +245,30 @@ def follow_moves(reader: Reader) -> None:
         reader.pause()
 
 
+def take_snapshots(reader: Reader) -> None:
+    """Plain folders of tags, by processes that share the cache with the mount."""
+    config = Path(reader.task.builds).with_name("config.toml")
+    # No snapshot waits for the mount; but its bytes are as right.
+    codes = {5: "EACCES", 6: "EHOSTUNREACH", 7: "EBADMSG", 8: "ENOSPC"}
+    while True:
+        root, tree = reader.choose()
+        source = f"{root.parent.name}:{root.name}"
+        with TemporaryDirectory(prefix="snapshot-", dir=reader.task.folder) as folder:
+            there = Path(folder, "there")
+            words = (sys.executable, "-m", "fsmount", "snapshot", source, there, "--config", config)
+            begin = time.monotonic()
+            if reader.run("snapshot", words, codes=codes) is not None:
+                found = {path for path in there.rglob("*") if path.is_file() and not path.is_symlink()}
+                names = {str(path.relative_to(there)) for path in found}
+                reader.check_names("snapshot", source, begin, names, set(tree.files))
+                for path in names & tree.files.keys():
+                    if hashlib.sha256((there / path).read_bytes()).hexdigest() != tree.files[path].sha256:
+                        reader.diary.wrong(
+                            "snapshot", f"{source} {path}", begin, "its content is not that of the image"
+                        )
+        reader.pause()
+
+
 def _revision_in(reader: Reader, folder: int) -> int | None:
     """Which revision an open folder shows, if that could be read."""
     descriptor = reader.open(REVISION, folder=folder)
@@ -285,6 +310,7 @@ KINDS: dict[str, Callable[[Reader], None]] = {
     "walk": walk_trees,
     "known": ask_what_is_known,
     "moves": follow_moves,
+    "snapshots": take_snapshots,
     "fresh": read_fresh,
     "all": read_all,
 }

@@ -16,7 +16,8 @@ from tests.peers import run
 #: How soon a tag that has moved is noticed.
 REFRESH_SECONDS = 5
 NAMES_SECONDS, CONTENT_SECONDS = 10, 20
-_CACHE_SIZE, _DISK_SIZE = "64 MB", "96m"
+CACHE_BYTES = 64_000_000
+_DISK_SIZE = "96m"
 
 
 class Broken(Exception):
@@ -44,6 +45,15 @@ class Subject:
     def chunks(self) -> Path:
         """Where the content lies that may be dropped."""
         return self.disk / "cache/chunks"
+
+    def chunk_bytes(self) -> int:
+        """What the chunks take of the disk, with what is being written and their database."""
+        total = 0
+        for folder, _, names in os.walk(self.chunks):
+            for name in names:
+                with suppress(OSError):  # it was evicted meanwhile
+                    total += os.stat(os.path.join(folder, name)).st_blocks * 512
+        return total
 
     def processes(self) -> list[Process]:
         """All that serve the mount or keep it: those that were started with its mount point."""
@@ -79,7 +89,12 @@ class Subject:
         command = [sys.executable, "-m", "fsmount", *map(str, words)]
         try:
             done = subprocess.run(
-                command, env=_environment(self), capture_output=True, text=True, timeout=seconds, check=False
+                command,
+                env=environment(self.config.parent),
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise Broken(f"fsmount {' '.join(map(str, words))} has not ended within {seconds:g} s") from None
@@ -115,14 +130,12 @@ class Subject:
 
 
 @contextmanager
-def prepared(
-    work: Path, host: str, apps: Iterable[str], *, cache_size: str = _CACHE_SIZE
-) -> Iterator[Subject]:
+def prepared(work: Path, host: str, apps: Iterable[str]) -> Iterator[Subject]:
     """A subject that is not started yet, showing `apps` of the registry at `host`; nothing of it is left afterwards."""
     subject = Subject(work / "mnt", work / "disk", work / "config.toml", work / "mount.log")
     subject.point.mkdir()
     subject.disk.mkdir()
-    subject.config.write_text(_configuration(subject, host, apps, cache_size))
+    subject.config.write_text(_configuration(subject, host, apps))
     run("mount", "-t", "tmpfs", "-o", f"size={_DISK_SIZE},mode=0700", "tmpfs", subject.disk)
     try:
         yield subject
@@ -132,11 +145,11 @@ def prepared(
         run("umount", "-l", subject.disk)
 
 
-def _configuration(subject: Subject, host: str, apps: Iterable[str], cache_size: str) -> str:
+def _configuration(subject: Subject, host: str, apps: Iterable[str]) -> str:
     tables = [f'[apps.{app}]\nrepository = "{host}/team/{app}"' for app in apps]
     return "\n".join(
         [
-            f'[cache]\npath = "{subject.disk}/cache"\nsize = "{cache_size}"\nmin_free = 0',
+            f'[cache]\npath = "{subject.disk}/cache"\nsize = {CACHE_BYTES}\nmin_free = 0',
             f'[defaults]\nrefresh = "{REFRESH_SECONDS}s"',
             '[network]\nconnect_timeout = "3s"\nstall_timeout = "8s"',
             f'[deadlines]\nnames = "{NAMES_SECONDS}s"\ncontent = "{CONTENT_SECONDS}s"',
@@ -147,11 +160,12 @@ def _configuration(subject: Subject, host: str, apps: Iterable[str], cache_size:
     )
 
 
-def _environment(subject: Subject) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
     """No more than the program needs, and nothing of the user's who runs this."""
     return {
         "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
-        "HOME": str(subject.point.parent),
+        "LC_ALL": "C.UTF-8",
+        "HOME": str(home),
         "PYTHONPATH": os.getcwd(),
     }
 

@@ -92,10 +92,25 @@ class Step:
 
 
 def plan(
-    dice: random.Random, *, seconds: float, kills: int, upgrades: int, freezes: int, faults: bool, long: bool
+    dice: random.Random,
+    *,
+    seconds: float,
+    kills: int,
+    upgrades: int,
+    freezes: int,
+    faults: bool,
+    pairs: bool,
+    long: bool,
 ) -> list[Step]:
-    """All steps of a phase in their order. Without `faults`: kills, hand-overs, and what the kernel forgets."""
+    """All steps of a phase in their order. Without `faults`: kills, hand-overs, and what the kernel forgets.
+
+    pairs: whether kills come by twos, now and then, the second while the next process has hardly begun.
+    """
     steps = [Step(at, "kill") for at in _spread(dice, seconds, kills)]
+    if pairs:
+        steps[1::3] = [
+            Step(before.at + dice.uniform(0.05, 0.9), "kill") for before in steps[: len(steps[1::3]) * 3 : 3]
+        ]
     steps += [Step(at, "upgrade") for at in _spread(dice, seconds, upgrades)]
     steps += [Step(at, "freeze", FREEZE_SECONDS) for at in _spread(dice, seconds - FREEZE_SECONDS, freezes)]
     steps += [Step(at, "forget names") for at in _spread(dice, seconds, int(seconds / 5))]
@@ -157,6 +172,7 @@ class Troublemaker:
     pushes: list[tuple[float, int]] = field(default_factory=list)
     #: Commands that failed though they should not have.
     failures: list[str] = field(default_factory=list)
+    _frozen: int | None = None
     _upgrading: list[threading.Thread] = field(default_factory=list)
 
     def work(self, steps: list[Step], seconds: float, look: Callable[[], None]) -> None:
@@ -204,7 +220,8 @@ class Troublemaker:
                 thread.start()
                 self._upgrading.append(thread)
             case "freeze":
-                if self.subject.kill_worker(signal.SIGSTOP) is not None:
+                self._frozen = self.subject.kill_worker(signal.SIGSTOP)
+                if self._frozen is not None:
                     self.done["freeze"] += 1
                     self.freezes.append((time.monotonic(), time.monotonic() + step.seconds))
             case "forget names":
@@ -236,7 +253,8 @@ class Troublemaker:
     def _end(self, step: Step) -> None:
         match step.kind:
             case "freeze":
-                pass  # the watchdog has ended it
+                if self._frozen in [process.pid for process in self.subject.processes()]:
+                    self.failures.append(f"nobody has ended the frozen process {self._frozen}")
             case "registry stopped":
                 self.start_registry()
             case "full disk":
@@ -259,7 +277,8 @@ class Troublemaker:
     def _kill(self) -> None:
         at = time.monotonic()
         deaths = (*self.kills, *(end for _, end in self.freezes))
-        if sum(at - death < _RECENT_SECONDS for death in deaths) >= self.most_deaths:
+        is_frozen = any(begin <= at <= end for begin, end in self.freezes)
+        if is_frozen or sum(at - death < _RECENT_SECONDS for death in deaths) >= self.most_deaths:
             self.done["kill left out"] += 1
         elif self.subject.kill_worker() is not None:
             self.kills.append(at)

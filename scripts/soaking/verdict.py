@@ -15,7 +15,7 @@ MARGIN_SECONDS = 5.0
 _KNOWN_SECONDS = 5.0
 #: Programs make many calls: they are told to end after 40 s, and must then do so.
 _PROGRAM_SECONDS = 46.0
-_PROGRAMS = frozenset({"run", "find", "diff", "ls"})
+_PROGRAMS = frozenset({"run", "find", "diff", "ls", "snapshot"})
 #: How long nothing may have been wrong before a tag must have been followed.
 _CALM_SECONDS = 2 * REFRESH_SECONDS + 5.0
 #: Errors that are never right for what is configured and mounted.

@@ -123,14 +123,25 @@ def test_a_tag_that_moved_is_to_be_followed_when_nothing_was_wrong() -> None:
 def test_a_seed_always_gives_the_same_plan() -> None:
     def made() -> list[object]:
         return [
-            *plan(random.Random("7"), seconds=300, kills=9, upgrades=2, freezes=1, faults=True, long=True)
+            *plan(
+                random.Random("7"),
+                seconds=300,
+                kills=9,
+                upgrades=2,
+                freezes=1,
+                faults=True,
+                pairs=True,
+                long=True,
+            )
         ]
 
     assert made() == made()
 
 
 def test_a_long_plan_has_every_fault_and_as_many_kills_as_were_asked_for() -> None:
-    steps = plan(random.Random("7"), seconds=600, kills=38, upgrades=5, freezes=1, faults=True, long=True)
+    steps = plan(
+        random.Random("7"), seconds=600, kills=38, upgrades=5, freezes=1, faults=True, pairs=True, long=True
+    )
     kinds = [step.kind for step in steps]
     assert {*TOXICS, "registry stopped", "full disk", "damage", "push", "expire", "freeze"} <= set(kinds)
     assert (kinds.count("kill"), kinds.count("upgrade")) == (38, 5)
