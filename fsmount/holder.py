@@ -308,7 +308,7 @@ class Holder:
         try:
             os.execve(
                 PROGRAM[0],
-                [*PROGRAM, *sys.argv[1:]],
+                self._command,  # whose arguments need no configuration to be found
                 {**self._environ, _HANDED: json.dumps(handed)},
             )
         except OSError as error:
