@@ -92,7 +92,7 @@ class ChunkStore:
         self._eviction.close()
 
     def _in_use(self) -> frozenset[str]:
-        return self._hot.keys() | frozenset(self._opening)
+        return self._hot.names() | frozenset(self._opening)
 
     # What is there
 

@@ -33,7 +33,7 @@ class _Open:
 
 
 class HotChunks:
-    """Open chunks by key, the least recently used closed first. For the event loop's thread, but for `keys`.
+    """Open chunks by key, the least recently used closed first. For the event loop's thread, but for `names`.
 
     What is open is not evicted by this process; so what is open on the disk is never more than half of the cache.
     """
@@ -45,8 +45,8 @@ class HotChunks:
         self._chunks: OrderedDict[str, _Open] = OrderedDict()
         self._by_descriptor: dict[int, _Open] = {}
 
-    def keys(self) -> frozenset[str]:
-        """Those that are open. For any thread."""
+    def names(self) -> frozenset[str]:
+        """The keys of those that are open. For any thread."""
         return frozenset(self._chunks)  # in one step, which no other thread can interrupt
 
     def get(self, key: str) -> int | None:
