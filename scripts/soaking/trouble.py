@@ -30,6 +30,8 @@ FREEZE_SECONDS = 36.0
 #: Deaths within a minute from which on a mount is served from its cache alone, and from which on not at all.
 CACHE_ONLY_DEATHS, REFUSING_DEATHS = 5, 10
 _RECENT_SECONDS = 62.0
+#: What it may take a next process to answer commands.
+_REPLACING_SECONDS = 5.0
 
 _AWAY = frozenset({"EHOSTUNREACH", "ETIMEDOUT"})
 
@@ -289,8 +291,8 @@ class Troublemaker:
         try:
             self.subject.say("upgrade", self.subject.point)
         except Broken as error:
-            # A worker that is killed while it hands over is no failure of the next one.
-            if not any(at <= kill <= time.monotonic() for kill in self.kills):
+            # It has to be asked of a process that answers, and is: not while that is being replaced.
+            if not any(at - _REPLACING_SECONDS <= kill <= time.monotonic() for kill in self.kills):
                 self.failures.append(f"{time.monotonic():.2f}: {error}")
             return
         self.upgrades.append(at)
