@@ -8,7 +8,7 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,8 @@ _TROUBLED_SECONDS = 0.05
 #: How long nothing is stored after it has failed, and where what was stored cannot be read.
 _PAUSE_SECONDS = 1.0
 _UNREADABLE_SECONDS = 10.0
+#: A key that no layer's chunk has.
+_PROBE = "probe"
 #: What opening the other files of a cache folder takes of a disk that is full.
 _FIRST_ROOM = 128 * 1024
 
@@ -61,7 +63,7 @@ class ChunkStore:
         self._opening: Counter[str] = Counter()
         self._room = Room(folder, size=size, min_free=min_free, beside=beside)
         try:
-            self._eviction = Eviction(folder, self._room, self._in_use)
+            self._eviction = Eviction(folder, self._room, self._let_go)
         except OSError as error:
             raise from_os_error(error, folder) from error
         except sqlite3.Error as error:
@@ -77,7 +79,7 @@ class ChunkStore:
         #: How many chunks were found on the disk when somebody wanted to read them, and how many were not.
         self.hits = 0
         self.misses = 0
-        self._keeper = Keeper(folder, self._eviction, self._hot, beside, self._limiter)
+        self._keeper = Keeper(folder, self._eviction, self._hot, beside, self._limiter, self._try_again)
         self.free(_FIRST_ROOM)
 
     def resize(self, *, size: int, min_free: int) -> None:
@@ -91,8 +93,17 @@ class ChunkStore:
         self._hot.close()
         self._eviction.close()
 
-    def _in_use(self) -> frozenset[str]:
-        return self._hot.names() | frozenset(self._opening)
+    def _let_go(self, keys: Sequence[str]) -> Collection[str]:
+        """Closes chunks that are about to be evicted; returns those that are in use. For worker threads."""
+        opening = frozenset(self._opening).intersection(keys)
+        opened = self._hot.names().intersection(keys)
+        if not opened:
+            return opening
+        try:
+            return opening.union(trio.from_thread.run_sync(self._hot.close_idle, opened - opening))
+        except RuntimeError:
+            # This is no worker thread of a loop that still runs: nobody here can close them.
+            return opening | opened
 
     # What is there
 
@@ -358,6 +369,31 @@ class ChunkStore:
             self._fail(error)
 
     # Keeping it so
+
+    async def _try_again(self) -> None:
+        """Looks whether what could not be stored can be now; what lives in memory for that reason then need not."""
+        if self._trouble.message is None:
+            return
+        for key, descriptor in self._hot.held():
+            dropped = self._dropped.get(key)
+            copy = os.dup(descriptor)
+            if not await trio.to_thread.run_sync(self._put_held, key, copy, limiter=self._limiter):
+                return
+            if self._dropped.get(key) == dropped:
+                self._hot.discard(key)
+            else:
+                await trio.to_thread.run_sync(self._delete, [key], limiter=self._limiter)
+        if self._trouble.message is not None:
+            await trio.to_thread.run_sync(self._probe, limiter=self._limiter)
+
+    def _put_held(self, key: str, descriptor: int) -> bool:
+        with open(descriptor, "rb") as file:
+            data = os.pread(descriptor, os.fstat(file.fileno()).st_size, 0)
+        return self.put(key, data, hashlib.sha256(data).digest())
+
+    def _probe(self) -> None:
+        if self.put(_PROBE, b"probe", hashlib.sha256(b"probe").digest()):
+            self._delete([_PROBE])
 
     async def trim(self) -> None:
         """Removes what is over the bounds now: they, or what others have on the disk, may not be what they were."""

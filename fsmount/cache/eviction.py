@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from fsmount.errors import NoSpace
 
 log = logging.getLogger(__name__)
 
-#: Rows that are looked at in one go for some that may be evicted.
-_PAGE = 64
+#: How long what could not go is passed over: to look at thousands that are pinned takes milliseconds.
+_PASSED_SECONDS = 5.0
 #: Some file systems (Btrfs, XFS) show the space of a removed file only later; it is waited for so long.
 _OWED_SECONDS = 30.0
 #: A table is not begun anew more often.
@@ -57,11 +57,11 @@ class Eviction:
     file is gone is one of a chunk that is not stored.
     """
 
-    def __init__(self, folder: Path, room: Room, in_use: Callable[[], frozenset[str]]) -> None:
-        """in_use: the keys of chunks that may not go. Raises: OSError, sqlite3.Error."""
+    def __init__(self, folder: Path, room: Room, let_go: Callable[[Sequence[str]], Collection[str]]) -> None:
+        """let_go is given keys of chunks, and returns those that may not go. Raises: OSError, sqlite3.Error."""
         self._folder = folder
         self._room = room
-        self._in_use = in_use
+        self._let_go = let_go
         self._aside = Aside(folder)
         self.table = _open_table(folder, self._aside)
         self._lease = Lease(folder / "leases")
@@ -70,13 +70,16 @@ class Eviction:
         self._lock = threading.RLock()
         self._pins: frozenset[str] = frozenset()
         self._pin_lengths: Sequence[int] = ()
-        #: Whatever comes before it in the order of use may not go.
+        #: Whatever comes before it in the order of use could not go when it was looked at; and when that is forgotten.
         self._place = START
+        self._begins_at = 0.0
         #: Rows whose files are gone, and reservations that are no longer needed, as far as the table does not know it.
         self._gone: list[Row] = []
         self._released: list[str] = []
         self._owed = 0
         self._owed_until = 0.0
+        #: Whether nothing could go when something should have.
+        self._is_helpless = False
         #: When chunks were used, as far as the table does not know it.
         self._used: dict[str, float] = {}
         self._noted_at = 0.0
@@ -89,10 +92,10 @@ class Eviction:
 
     def pin(self, prefixes: frozenset[str]) -> None:
         """Chunks whose keys begin so may not go, from now on."""
-        with self._lock:
-            self._pins = prefixes
-            self._pin_lengths = sorted({len(prefix) for prefix in prefixes})
-            self._place = START
+        # Without the lock: whoever holds it may be waiting for the thread that pins.
+        self._pin_lengths = sorted({len(prefix) for prefix in prefixes | self._pins})
+        self._pins = prefixes
+        self._place = START
 
     def taken(self) -> Taken:
         """What counts now. Raises: sqlite3.Error."""
@@ -181,19 +184,24 @@ class Eviction:
     def _pick(self, short: int) -> list[Row]:
         """The rows that go first, as many as needed, or BATCH. Raises: sqlite3.Error."""
         picked: list[Row] = []
-        in_use = self._in_use()
+        now = time.monotonic()
+        if now >= self._begins_at:
+            self._place, self._begins_at = START, now + _PASSED_SECONDS
         begins_anew = self._place != START
         while True:
-            rows = self.table.least_used(self._place, _PAGE)
+            rows = self.table.least_used(self._place, BATCH)
+            busy = self._let_go([row.key for row in rows])
             for row in rows:
                 self._place = row.place
-                if row.key in in_use or self._is_pinned(row.key):
+                if row.key in busy or self._is_pinned(row.key):
                     continue
                 picked.append(row)
                 short -= row.size
-                if short <= 0 or len(picked) == BATCH:
+                if short <= 0:
                     return picked
-            if len(rows) == _PAGE:
+            if len(picked) >= BATCH // 2:
+                return picked
+            if len(rows) == BATCH:
                 continue
             self._place = START
             if picked or not begins_anew:
@@ -253,6 +261,10 @@ class Eviction:
                     self._settle()
         return freed > 0
 
+    def is_low(self) -> bool:
+        """Whether others have taken of the disk what shall stay free, and something can go for it. Raises: OSError."""
+        return not self._owed_now() and not self._is_helpless and self._room.is_low()
+
     def trim_some(self) -> bool:
         """Evicts some of what is over the bounds now; whether there may be more. Raises: OSError, sqlite3.Error."""
         with self._lock:
@@ -263,11 +275,13 @@ class Eviction:
             short = max(self._room.over(0, taken), self._room.low(0, taken) - self._owed_now())
             if short <= 0:
                 return False
-            with contextlib.suppress(NoSpace):
+            self._is_helpless = False
+            try:
                 self._evict(short)
-            is_progress = bool(self._gone)
+            except NoSpace:
+                self._is_helpless = True
             self._settle()
-        return is_progress
+        return not self._is_helpless
 
     def release_dead(self) -> None:
         """Ends the reservations of processes that have ended, with their files. Raises: OSError, sqlite3.Error."""
@@ -312,9 +326,13 @@ class Eviction:
 
         Raises: OSError, sqlite3.Error.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return  # whoever has it will see it, too
+        try:
             if self.table.is_spoilt_by(error):
                 self._begin_anew(str(error))
+        finally:
+            self._lock.release()
 
     def _begin_anew(self, damage: str = "") -> None:
         """damage: what is wrong with the table, if it is the one that lies there."""

@@ -1,7 +1,9 @@
 """HotChunks: the chunks that this process has open, so that reading one is a `pread`."""
 
 import os
+import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -9,6 +11,9 @@ from typing import TypeAlias
 HOT_CHUNKS = 256
 #: Bytes of chunks that live in memory because they could not be stored: one for each of 32 readers.
 HELD_BYTES = 128 * 1024 * 1024
+
+#: A chunk is being read as long as it was last used no longer ago.
+_IN_USE_SECONDS = 5.0
 
 #: Tells a file from another one, and from the same one after a change: inode, size, and the times of both changes.
 Stamp: TypeAlias = tuple[int, int, int, int]
@@ -28,14 +33,13 @@ class _Open:
     stamp: Stamp
     #: Whether it lives in memory.
     is_held: bool
-    #: Whether somebody has used it since that was last asked.
-    was_used: bool = True
+    used_at: float
 
 
 class HotChunks:
     """Open chunks by key, the least recently used closed first. For the event loop's thread, but for `names`.
 
-    What is open is not evicted by this process; so what is open on the disk is never more than half of the cache.
+    What was used in the last seconds is not evicted by this process; so what is open on the disk is bounded.
     """
 
     def __init__(self, *, most_stored: int) -> None:
@@ -44,17 +48,34 @@ class HotChunks:
         self._sizes = {False: 0, True: 0}
         self._chunks: OrderedDict[str, _Open] = OrderedDict()
         self._by_descriptor: dict[int, _Open] = {}
+        self._asked_at = 0.0
 
     def names(self) -> frozenset[str]:
         """The keys of those that are open. For any thread."""
         return frozenset(self._chunks)  # in one step, which no other thread can interrupt
+
+    def held(self) -> list[tuple[str, int]]:
+        """The keys and descriptors of those that live in memory, the least recently used first."""
+        return [(chunk.key, chunk.descriptor) for chunk in self._chunks.values() if chunk.is_held]
+
+    def close_idle(self, keys: Iterable[str]) -> list[str]:
+        """Closes those of the chunks that nobody is reading; returns those that stay open."""
+        before = time.monotonic() - _IN_USE_SECONDS
+        busy: list[str] = []
+        for key in keys:
+            chunk = self._chunks.get(key)
+            if chunk is not None and chunk.used_at > before:
+                busy.append(key)
+            else:
+                self.discard(key)
+        return busy
 
     def get(self, key: str) -> int | None:
         """The descriptor of an open chunk. Ownership: use it before the next await."""
         chunk = self._chunks.get(key)
         if chunk is None:
             return None
-        chunk.was_used = True
+        chunk.used_at = time.monotonic()
         self._chunks.move_to_end(key)
         return chunk.descriptor
 
@@ -71,7 +92,9 @@ class HotChunks:
     def add(self, key: str, descriptor: int, stamp: Stamp, *, is_held: bool = False) -> list[str]:
         """Takes a descriptor over; in place of the one that the chunk has. Returns what was closed for that."""
         self.discard(key)
-        self._chunks[key] = self._by_descriptor[descriptor] = _Open(key, descriptor, stamp, is_held)
+        self._chunks[key] = self._by_descriptor[descriptor] = _Open(
+            key, descriptor, stamp, is_held, time.monotonic()
+        )
         self._sizes[is_held] += stamp[1]
         closed: list[str] = []
         while len(self._chunks) > HOT_CHUNKS:
@@ -102,11 +125,13 @@ class HotChunks:
 
     def take_used(self) -> list[str]:
         """What was used since the last call; of the rest, what others have removed is closed: it takes up the disk."""
-        used = [chunk.key for chunk in self._chunks.values() if chunk.was_used]
+        before, self._asked_at = self._asked_at, time.monotonic()
+        used: list[str] = []
         for chunk in list(self._chunks.values()):
-            if not chunk.was_used and not os.fstat(chunk.descriptor).st_nlink and not chunk.is_held:
+            if chunk.used_at >= before:
+                used.append(chunk.key)
+            elif not chunk.is_held and not os.fstat(chunk.descriptor).st_nlink:
                 self.discard(chunk.key)
-            chunk.was_used = False
         return used
 
     def close(self) -> None:

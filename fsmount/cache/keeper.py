@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 #: Between two rounds, if nothing calls for one; and between any two.
 _ROUND_SECONDS = 30.0
 _PAUSE_SECONDS = 0.2
+#: Between two looks at what the disk has left, which take microseconds: others may fill it within seconds.
+_GLANCE_SECONDS = 1.0
 #: Between two looks at one of the 256 folders of chunks for files that belong to none.
 _ORPHANS_SECONDS = 60.0
 
@@ -33,9 +35,11 @@ class Keeper:
         hot: HotChunks,
         beside: Sequence[Path],
         limiter: trio.CapacityLimiter,
+        try_again: Callable[[], Awaitable[None]],
     ) -> None:
-        """beside: folders in which the other files of the cache are made."""
+        """beside: folders in which the other files of the cache are made. try_again is part of every round."""
         self._folder = folder
+        self._try_again = try_again
         self._eviction = eviction
         self._hot = hot
         self._beside = beside
@@ -63,6 +67,14 @@ class Keeper:
                 await self._look_for_leftovers()
             await trio.sleep(_PAUSE_SECONDS)
             with trio.move_on_after(_ROUND_SECONDS):
+                await self._wait_until_needed(woken)
+
+    async def _wait_until_needed(self, woken: trio.Event) -> None:
+        while not woken.is_set():
+            with contextlib.suppress(OSError):
+                if self._eviction.is_low():
+                    return
+            with trio.move_on_after(_GLANCE_SECONDS):
                 await woken.wait()
 
     async def _round(self) -> None:
@@ -72,6 +84,7 @@ class Keeper:
         await self._try(self._eviction.release_dead)
         await self.trim()
         await self._try(self._eviction.table.checkpoint)
+        await self._try_again()
 
     async def trim(self) -> None:
         """Evicts what is over the bounds, in small pieces, between which others come in."""

@@ -47,6 +47,10 @@ class Room:
         """As `over`, for the sake of the disk's free space. What is being written counts as if nothing of it were."""
         return max(0, self.min_free + taken.reserved + need + _SLACK - self.free())
 
+    def is_low(self) -> bool:
+        """Whether the disk has less left than it shall have. Raises: OSError."""
+        return self.free() < self.min_free + _SLACK
+
     def left(self, taken: Taken) -> int:
         """How many bytes may come before something has to go."""
         below_free = self.free() - self.min_free - taken.reserved - _SLACK

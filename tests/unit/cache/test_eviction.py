@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from fsmount.cache.chunks import ChunkStore, open_chunk_store
 from fsmount.cache.room import PARTIAL
@@ -352,6 +353,23 @@ async def test_what_is_open_in_this_process_is_not_evicted_and_all_that_is_open_
         assert sum(store.stored(keys)) < 220
 
 
+async def test_what_is_open_and_has_not_been_read_for_seconds_is_closed_and_evicted(
+    folder: Path, room_for: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_chunk_store(folder, size=room_for(20)) as store:
+        put(store, *"abcdef")
+        for key in "abcdef":
+            await store.open(key, SHA256)
+        await trio.to_thread.run_sync(lambda: put(store, *range(40)))
+        assert stored(store, *"abcdef") == "abcdef", "all of them may be in the middle of being read"
+        monkeypatch.setattr("fsmount.cache.hot._IN_USE_SECONDS", 0.0)
+        monkeypatch.setattr("fsmount.cache.eviction._PASSED_SECONDS", 0.0)
+        store._eviction._begins_at = 0.0
+        await trio.to_thread.run_sync(lambda: put(store, *range(40)))
+        assert stored(store, *"abcdef") == ""
+        assert store._hot.names() == frozenset()
+
+
 async def test_what_is_pinned_is_not_evicted_until_it_no_longer_is(
     folder: Path, room_for: Callable[[int], int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,7 +423,7 @@ def test_while_some_may_not_be_evicted_not_all_of_them_are_looked_at_for_every_c
 
         monkeypatch.setattr(store._eviction.table, "least_used", count)
         put(store, *(f"more/{number}" for number in range(60)))
-        assert looked_at < 60 * 64 + 300 + 64
+        assert looked_at < 60 * 16 + 2 * 300
 
 
 # -------------------- reservations
