@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import groupby
@@ -93,8 +93,8 @@ class Fetcher:
         #: Chunks that readers have come to, and their compressed bytes.
         self._touched: set[int] = set()
         self._touched_size = 0
-        #: Chunks that were here when they were last looked at.
-        self._seen: set[int] = set()
+        #: How often chunks have come, or were found to be here.
+        self._came: Counter[int] = Counter()
         #: Those who go on reading, by the chunk at which they are expected next.
         self._readers: OrderedDict[int, _Reader] = OrderedDict()
 
@@ -148,7 +148,7 @@ class Fetcher:
         if window:
             end = self.index.chunk_at(chunk.start + chunk.size + window)
             ahead = range(number + 1, end)
-            missing = [one for one in ahead if one not in self._coming and one not in self._seen]
+            missing = [one for one in ahead if one not in self._coming and one not in self._came]
             # A request for every single chunk would wait for every single answer.
             if len(missing) * 2 > len(ahead):
                 self._start(missing, urgent=False)
@@ -214,6 +214,10 @@ class Fetcher:
                 runs.add(self._start(missing, urgent=True))
             for run in runs:
                 await run.wait_done()
+
+    def came(self, number: int) -> int:
+        """How often a chunk has come; it may be gone again."""
+        return self._came[number]
 
     # Completing
 
@@ -406,7 +410,7 @@ class Fetcher:
     def _deliver(self, run: Run, number: int) -> None:
         self._forget(run, number)
         self._refused.pop(number, None)
-        self._seen.add(number)
+        self._came[number] += 1
         run.left.discard(number)
         run.step()
 

@@ -334,8 +334,9 @@ class Holder:
     def _start_refusing(self, device: int) -> None:
         log.critical(
             "no process can be started that serves the mount: everything in it answers EIO; the next try is in"
-            " %.0f s, or at once when `fsmount upgrade` is run",
+            " %.0f s, or at once by `kill -USR2 %d`",
             _REFUSING_SECONDS,
+            os.getpid(),
         )
         self._is_refusing = True
         with suppress(OSError):

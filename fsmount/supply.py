@@ -93,7 +93,8 @@ class Supply(Streamed):
                 raise self._void.with_traceback(None)
             assert index is not None and index.complete
             key, chunk = self.chunk_key(number), index.chunks[number]
-            chunks = self._means.chunks
+            chunks, fetcher = self._means.chunks, self.fetcher
+            came = fetcher.came(number) if fetcher is not None else 0
             descriptor = chunks.hot(key)
             if descriptor is None and not self._in_doubt:
                 descriptor = await self._open_stored(index, number)
@@ -101,7 +102,8 @@ class Supply(Streamed):
                 return descriptor
             if index is not self._index:
                 continue
-            fetcher = self.fetcher
+            if fetcher is not None and fetcher.came(number) != came:
+                continue  # while it was looked for
             if fetcher is None:
                 running = self._running()
                 if not self._in_doubt:

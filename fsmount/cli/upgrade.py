@@ -16,6 +16,8 @@ from fsmount.cli.options import MOUNT_POINT, ConfigOptions, config_options
 
 _SECONDS = 60.0
 _PAUSE_SECONDS = 0.05
+#: For a process that has died to be followed by another.
+_PATIENCE_SECONDS = 10.0
 
 
 @click.command()
@@ -30,7 +32,7 @@ def upgrade(options: ConfigOptions, mountpoint: Path | None) -> None:
     from fsmount.fuse import mounts
 
     mountpoint = (mountpoint or options.load().mountpoint).absolute()
-    before = _status(mountpoint)
+    before = _first_status(mountpoint)
     mount = mounts.find(mountpoint)
     if mount is None or int(mount.option("user_id") or 0) != os.geteuid():
         # Which process to signal is what the mount says.
@@ -53,6 +55,22 @@ def upgrade(options: ConfigOptions, mountpoint: Path | None) -> None:
         f"{mountpoint}: served by fsmount {after['fsmount']}, process {after['process']['pid']};"
         f" before it was fsmount {before['fsmount']}, process {process['pid']}"
     )
+
+
+def _first_status(mountpoint: Path) -> dict[str, Any]:
+    """Raises: FsmountError."""
+    from fsmount.errors import NotRunning
+    from fsmount.fuse import mounts
+
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return _status(mountpoint)
+        except NotRunning:
+            # One process may have just died, and the next one not begun to answer.
+            if time.monotonic() > deadline or mounts.find(mountpoint) is None:
+                raise
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _status(mountpoint: Path) -> dict[str, Any]:

@@ -219,6 +219,13 @@ def test_an_upgrade_replaces_both_processes_programs_and_readers_notice_nothing(
         assert process["last_death"].startswith("killed by SIGKILL, at 2")
 
 
+def test_an_upgrade_waits_for_the_process_that_follows_one_that_has_just_died(work: Path, app: str) -> None:
+    with mounted(work, app) as mountpoint:
+        os.kill(daemon(mountpoint), signal.SIGKILL)
+        fsmount("upgrade", mountpoint, cache=work / "cache")
+        assert os.listdir(mountpoint / "app") == ["v1"]
+
+
 def test_the_next_process_goes_by_the_configuration_of_before_when_the_present_one_is_not_good(
     work: Path, app: str
 ) -> None:
@@ -298,6 +305,7 @@ def test_when_no_process_can_be_started_any_more_readers_are_told_and_an_upgrade
         os.kill(daemon(mountpoint), signal.SIGKILL)
         log = work / "cache/log/mount.log"
         assert wait_until(lambda: "everything in it answers EIO" in log.read_text(), seconds=150)
+        assert f"kill -USR2 {daemons(mountpoint)[0]}" in log.read_text()
         with pytest.raises(OSError) as caught:
             os.stat(mountpoint / "app/v1/folder/file4")
         assert caught.value.errno == errno.EIO
