@@ -110,8 +110,7 @@ class Daemon:
     def _forget(self, nursery: trio.Nursery, layer: int, members: int) -> None:
         """Has the kernel forget what it holds of a layer's members."""
         inodes = (content_inode(layer, member) for member in range(members))
-        # A thread, for the kernel waits until readers of a page have got it: from us.
-        forget = partial(trio.to_thread.run_sync, self.session.forget, inodes, abandon_on_cancel=True)
+        forget = partial(self.session.forget, inodes)
         nursery.start_soon(in_background, "forgetting what was not verified", forget)
 
     async def _serve(self, handlers: Handlers, engine: Engine | None, root: trio.Nursery) -> None:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -135,18 +135,15 @@ class Session:
         if not ready:
             raise NotRunning(f"{self.mountpoint} was unmounted before it had answered")
 
-    def forget(self, inodes: Iterable[int]) -> None:
-        """Has the kernel forget the pages of inodes. Blocks while a reader waits for one of them: for a thread."""
-        device = self._device
-        for inode in inodes:
-            try:
-                if device is not None:
-                    os.write(device, invalidate(inode))
-            except FileNotFoundError:  # the kernel does not have it
-                continue
-            except OSError as error:
-                log.warning("the kernel does not forget what was not certified: %s", error.strerror)
-                return
+    async def forget(self, inodes: Iterable[int]) -> None:
+        """Has the kernel forget the pages of inodes.
+
+        Cancellation: what is under way goes on in its thread, which the kernel has wait until readers of a page have got it.
+        """
+        if self._device is not None:
+            # Its own: by the end of the session the number of the other may be another file's.
+            device = os.dup(self._device)
+            await trio.to_thread.run_sync(_forget, device, inodes, abandon_on_cancel=True)
 
     async def _answer(
         self,
@@ -218,6 +215,18 @@ class Session:
                 if self._keeper is not None:
                     self._keeper.remove(self._stored)
                 mounts.detach(top)
+
+
+def _forget(device: int, inodes: Iterable[int]) -> None:
+    """Closes device."""
+    try:
+        for inode in inodes:
+            with suppress(FileNotFoundError):  # the kernel does not have it
+                os.write(device, invalidate(inode))
+    except OSError as error:
+        log.warning("the kernel does not forget what was not certified: %s", error.strerror)
+    finally:
+        os.close(device)
 
 
 class _Connection(NamedTuple):

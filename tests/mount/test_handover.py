@@ -252,7 +252,7 @@ async def test_the_kernel_forgets_what_it_is_told_to_and_the_rest_stays(mountpoi
             once = served.stuck
             assert once > 0
             inode = served.names[b"stuck-7"]
-            await trio.to_thread.run_sync(serving.forget, [inode + 1000, inode])
+            await serving.forget([inode + 1000, inode])
             await trio.run_process(["cat", mountpoint / "stuck-7"], capture_stdout=True)
             assert served.stuck == 2 * once
             mounts.unmount(mountpoint, lazy=True)
