@@ -2,21 +2,21 @@
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import trio
 
 from fsmount.cache.eviction import Eviction, TooLarge, is_no_space
+from fsmount.cache.files import Stamp, digest_of, stamp_of, write_file
 from fsmount.cache.folder import from_os_error, from_sqlite_error
-from fsmount.cache.hot import HotChunks, Stamp, stamp_of
+from fsmount.cache.hot import HotChunks
 from fsmount.cache.keeper import Keeper
 from fsmount.cache.room import Room, Taken, blocks
 from fsmount.cache.table import GROWTH_BYTES, PATIENCE_SECONDS
@@ -198,14 +198,14 @@ class ChunkStore:
             self.misses += 1
             return None
         self.hits += 1
-        descriptor, stamp = loaded
+        descriptor, stamp, found = loaded
         if self._dropped.get(key) != dropped:
             os.close(descriptor)
             return None
-        self._keep_open(key, descriptor, stamp)
+        self._note_closed(self._hot.add(key, descriptor, stamp, found))
         return descriptor
 
-    def _load(self, key: str, sha256: bytes | None) -> tuple[int, Stamp] | None:
+    def _load(self, key: str, sha256: bytes | None) -> tuple[int, Stamp, str] | None:
         table = self._eviction.table
         try:
             row = table.find(key)
@@ -233,27 +233,27 @@ class ChunkStore:
                 self._eviction.note_use(key)
                 self._eviction.write_uses_soon()
                 stack.pop_all()
-                return descriptor, stamp
+                return descriptor, stamp, expected
         except (OSError, sqlite3.Error) as error:
             self._fail(error)
             return None
 
     def _is(self, descriptor: int, sha256: str) -> bool:
         try:
-            return _digest(descriptor).hex() == sha256
+            return digest_of(descriptor) == sha256
         except OSError as error:
             self._fail_to_read(error)
             return False
 
-    def _keep_open(self, key: str, descriptor: int, stamp: Stamp, *, is_held: bool = False) -> None:
-        for closed in self._hot.add(key, descriptor, stamp, is_held=is_held):
-            self._eviction.note_use(closed)
+    def _note_closed(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._eviction.note_use(key)
 
     def hold(self, key: str, data: bytes | memoryview) -> None:
         """Makes a chunk hot that could not be stored: it lives in memory until it falls out of the recent ones."""
         descriptor = os.memfd_create("fsmount-chunk", os.MFD_CLOEXEC)
         os.write(descriptor, data)
-        self._keep_open(key, descriptor, stamp_of(descriptor), is_held=True)
+        self._note_closed(self._hot.add(key, descriptor, stamp_of(descriptor), is_held=True))
 
     # Storing
 
@@ -299,7 +299,7 @@ class ChunkStore:
         filename = eviction.reserve(size, patience_seconds=patience)
         path = self._folder / filename
         try:
-            stamp = _write(path, data)
+            stamp = write_file(path, data)
             with eviction.table.writing(patience):
                 before = eviction.table.insert(key, filename, sha256.hex())
                 if before is not None:
@@ -405,31 +405,6 @@ class ChunkStore:
         Every 30 s, and at once when a chunk found no space. Once for each process, in the background.
         """
         await self._keeper.run()
-
-
-def _write(path: Path, data: memoryview) -> Stamp:
-    """Writes a new file. Raises: OSError, and then there may be half of it."""
-    for left in range(10, -1, -1):
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-            break
-        except FileNotFoundError:
-            # An earlier version removes a folder that is empty, maybe just now.
-            if not left:
-                raise
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-    try:
-        # In one go: diskcache wrote line by line, which takes 113 ms for 1 MiB of newlines.
-        while data:
-            data = data[os.write(descriptor, data) :]
-        return stamp_of(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(descriptor: int) -> bytes:
-    with io.FileIO(descriptor, closefd=False) as file:
-        return hashlib.sha256(file.readall()).digest()
 
 
 @contextmanager

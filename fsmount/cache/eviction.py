@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -12,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fsmount.cache.leases import Lease
-from fsmount.cache.leftovers import Aside, files_below
+from fsmount.cache.leftovers import Aside
+from fsmount.cache.opening import OPENING_ROOM, open_table
 from fsmount.cache.room import Room, Taken
-from fsmount.cache.table import BATCH, GROWTH_BYTES, PATIENCE_SECONDS, START, ChunkTable, Row, code_of
+from fsmount.cache.table import BATCH, GROWTH_BYTES, PATIENCE_SECONDS, START, Row, code_of
 from fsmount.errors import NoSpace
 
 log = logging.getLogger(__name__)
@@ -27,22 +27,6 @@ _OWED_SECONDS = 30.0
 _ANEW_SECONDS = 60.0
 #: Between two times at which those who open chunks write down what was used.
 _NOTE_SECONDS = 1.0
-#: Bytes of the disk that the table's files need when it is full, to be opened at all.
-_OPENING_ROOM = 1024 * 1024
-
-#: What SQLite says of the disk, or of others who use the database: the database itself is sound.
-_TROUBLES = frozenset(
-    (
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_READONLY,
-    )
-)
 
 
 class TooLarge(NoSpace):
@@ -63,7 +47,8 @@ class Eviction:
         self._room = room
         self._let_go = let_go
         self._aside = Aside(folder)
-        self.table = _open_table(folder, self._aside)
+        #: And what was wrong with the one before, if it had to be begun anew.
+        self.table, self.damage = open_table(folder, self._aside)
         self._lease = Lease(folder / "leases")
         self._begun_at = float("-inf")
         # One thread at a time makes room; what they write themselves, they write side by side.
@@ -144,7 +129,7 @@ class Eviction:
             raise TooLarge(f"a chunk of {size} bytes is too large for cache.size, {self._room.size} bytes")
 
     def _too_low(self) -> NoSpace:
-        if self._room.free() < _OPENING_ROOM:
+        if self._room.free() < OPENING_ROOM:
             return NoSpace(f"no space left for {self._folder}")
         return NoSpace(f"{self._folder} may not take what cache.min_free leaves to others")
 
@@ -163,7 +148,7 @@ class Eviction:
         """
         rows = self._pick(short)
         if not rows:
-            if self._room.free() < _OPENING_ROOM:
+            if self._room.free() < OPENING_ROOM:
                 raise NoSpace(f"no space left for {self._folder}")
             raise NoSpace(f"all that is stored in {self._folder} is in use or pinned")
         free = self._room.free()
@@ -344,7 +329,7 @@ class Eviction:
             log.warning("the chunk store is damaged (%s): starting with an empty one", damage)
             self._aside.take(self._folder)
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        self.table = _open_table(self._folder, self._aside)
+        self.table, _ = open_table(self._folder, self._aside)
         before, self._lease = self._lease, Lease(self._folder / "leases")
         before.close()
         self._gone.clear()
@@ -360,56 +345,3 @@ def is_no_space(error: Exception) -> bool:
             or getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"
         )
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _open_table(folder: Path, aside: Aside) -> ChunkTable:
-    """The table of a folder; one that is damaged, or lost, is moved aside with all files.
-
-    Raises: OSError, sqlite3.Error.
-    """
-    try:
-        table = ChunkTable(folder)
-        if not _is_lost(table, folder):
-            return table
-        table.close()
-        reason = "its table is gone"
-    except (sqlite3.DatabaseError, ValueError) as error:
-        if isinstance(error, sqlite3.Error) and code_of(error) in _TROUBLES:
-            # On a full disk it cannot be opened, let alone asked what has not been used for longest.
-            status = os.statvfs(folder)
-            if status.f_bavail * status.f_frsize >= _OPENING_ROOM or not _unlink_some(folder):
-                raise
-            return ChunkTable(folder)
-        reason = str(error)
-    log.warning("the chunk store is damaged (%s): starting with an empty one", reason)
-    aside.take(folder)
-    folder.mkdir(mode=0o700)
-    return ChunkTable(folder)
-
-
-def _is_lost(table: ChunkTable, folder: Path) -> bool:
-    """Whether there are files of chunks, and a table that knows of none at all."""
-    if table.following(0, 1):
-        return False
-    first = next(_chunk_files(folder), None)
-    # Asked in this order: whoever makes a file has reserved it before.
-    return first is not None and not (table.reservations() or table.following(0, 1)) and first.exists()
-
-
-def _chunk_files(folder: Path) -> Iterator[Path]:
-    """The files of chunks, in any order."""
-    return (
-        Path(file.path) for subfolder in folder.glob("[0-9a-f][0-9a-f]") for file in files_below(subfolder)
-    )
-
-
-def _unlink_some(folder: Path) -> bool:
-    """Removes chunks of a mebibyte, whichever; whether there were any."""
-    freed = 0
-    for path in _chunk_files(folder):
-        if freed >= _OPENING_ROOM:
-            break
-        with contextlib.suppress(FileNotFoundError):
-            freed += path.stat().st_size
-            path.unlink()
-    return freed > 0

@@ -5,7 +5,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+
+from fsmount.cache.files import Stamp, digest_of
 
 #: Descriptors of recently used chunks kept open; with chunks of 4 MiB they reach over 1 GiB.
 HOT_CHUNKS = 256
@@ -15,22 +16,14 @@ HELD_BYTES = 128 * 1024 * 1024
 #: A chunk is being read as long as it was last used no longer ago.
 _IN_USE_SECONDS = 5.0
 
-#: Tells a file from another one, and from the same one after a change: inode, size, and the times of both changes.
-Stamp: TypeAlias = tuple[int, int, int, int]
-
-
-def stamp_of(descriptor: int) -> Stamp:
-    """That of an open file, now."""
-    status = os.fstat(descriptor)
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
 
 @dataclass(slots=True)
 class _Open:
     key: str
     descriptor: int
-    #: When it was found to be what it should be.
+    #: When it was found to have this digest.
     stamp: Stamp
+    sha256: str
     #: Whether it lives in memory.
     is_held: bool
     used_at: float
@@ -82,18 +75,24 @@ class HotChunks:
     def read(self, descriptor: int, size: int, offset: int) -> bytes:
         """Bytes of an open chunk; none if somebody has changed the file since it was checked. Raises: OSError."""
         data = os.pread(descriptor, size, offset)
-        status = os.fstat(descriptor)
-        _, stamped_size, modified_ns, changed_ns = self._by_descriptor[descriptor].stamp
+        chunk, status = self._by_descriptor[descriptor], os.fstat(descriptor)
+        inode, stamped_size, modified_ns, changed_ns = chunk.stamp
         if status.st_mtime_ns != modified_ns or status.st_size != stamped_size:
             return b""
-        # To be removed changes it, too, but not what it says.
-        return data if status.st_ctime_ns == changed_ns or not status.st_nlink else b""
+        if status.st_ctime_ns != changed_ns:
+            # Somebody has removed it, to make room; or because it is damaged.
+            if status.st_nlink or digest_of(descriptor) != chunk.sha256:
+                return b""
+            chunk.stamp = inode, stamped_size, modified_ns, status.st_ctime_ns
+        return data
 
-    def add(self, key: str, descriptor: int, stamp: Stamp, *, is_held: bool = False) -> list[str]:
+    def add(
+        self, key: str, descriptor: int, stamp: Stamp, sha256: str = "", *, is_held: bool = False
+    ) -> list[str]:
         """Takes a descriptor over; in place of the one that the chunk has. Returns what was closed for that."""
         self.discard(key)
         self._chunks[key] = self._by_descriptor[descriptor] = _Open(
-            key, descriptor, stamp, is_held, time.monotonic()
+            key, descriptor, stamp, sha256, is_held, time.monotonic()
         )
         self._sizes[is_held] += stamp[1]
         closed: list[str] = []

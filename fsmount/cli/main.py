@@ -31,6 +31,7 @@ COMMANDS = {
     "prefetch": "Fetch files of an image before they are read.",
     "wait": "Return when what an app reads is here.",
     "inspect": "Show what an image is made of.",
+    "verify": "Read all that is cached, and drop what the disk has spoilt.",
     "index": "Publish indexes with which an image's layers are read lazily.",
     "login": "Check a user and password with a registry, and keep them.",
     "logout": "Erase what is kept for a registry.",

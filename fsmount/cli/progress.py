@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -71,15 +71,30 @@ class Fetching:
 @asynccontextmanager
 async def shown(fetching: Fetching) -> AsyncIterator[None]:
     """Shows it on stderr meanwhile, if that is a terminal."""
+    async with _shown("fetching", lambda: (fetching.received, fetching.total)):
+        yield
+
+
+@asynccontextmanager
+async def shown_bytes(what: str, done: Callable[[], int], total: int) -> AsyncIterator[None]:
+    """Shows on stderr meanwhile, if that is a terminal, how many of so many bytes are done."""
+    async with _shown(what, lambda: (done(), total)):
+        yield
+
+
+@asynccontextmanager
+async def _shown(what: str, state: Callable[[], tuple[int, int | None]]) -> AsyncIterator[None]:
+    """state: bytes that are done, and all of them, once that is known."""
     if not sys.stderr.isatty():
         yield
         return
 
     async def show() -> None:
         with _bars() as bars:
-            task = bars.add_task("fetching", total=None)
+            task = bars.add_task(what, total=None)
             while True:
-                bars.update(task, completed=fetching.received, total=fetching.total)
+                completed, total = state()
+                bars.update(task, completed=completed, total=total)
                 await trio.sleep(_SECONDS)
 
     async with trio.open_nursery() as nursery:

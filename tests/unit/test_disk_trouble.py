@@ -50,7 +50,7 @@ def _writing_fails(code: int) -> Fault:
             path.write_bytes(data[:1])
             raise OSError(code, os.strerror(code))
 
-        patch.setattr("fsmount.cache.chunks._write", fail)
+        patch.setattr("fsmount.cache.chunks.write_file", fail)
 
     return begin
 
@@ -66,11 +66,11 @@ def _reading_fails(patch: pytest.MonkeyPatch, _: Path) -> None:
             raise fail
         return pread(descriptor, size, offset)
 
-    def digest(descriptor: int) -> bytes:
+    def digest(descriptor: int) -> str:
         raise fail
 
     patch.setattr(os, "pread", broken)
-    patch.setattr("fsmount.cache.chunks._digest", digest)
+    patch.setattr("fsmount.cache.chunks.digest_of", digest)
 
 
 def _says(kind: type[sqlite3.Error], text: str, code: int, name: str, *, to: str = "") -> Fault:

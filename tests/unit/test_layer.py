@@ -440,7 +440,7 @@ async def test_with_a_full_disk_everything_is_served_without_caching_and_one_mes
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fsmount.cache.chunks._write", full)
+    monkeypatch.setattr("fsmount.cache.chunks.write_file", full)
     async with open_layers(tmp_path) as layers:
         for _ in range(2):
             layer = layers.get(LayerSpec(blob), source)

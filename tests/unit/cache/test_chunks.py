@@ -200,8 +200,8 @@ async def test_a_chunk_that_is_stored_while_a_damaged_one_is_checked_stays(
     folder: Path, store: ChunkStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, "a", BAD)
-    held = Held(lambda descriptor: b"another")
-    monkeypatch.setattr("fsmount.cache.chunks._digest", held)
+    held = Held(lambda descriptor: "another")
+    monkeypatch.setattr("fsmount.cache.chunks.digest_of", held)
     with open_chunk_store(folder, size=10**9) as other:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other.open, "a", SHA256)
@@ -238,7 +238,7 @@ async def test_an_evicted_chunk_that_is_open_stays_readable(folder: Path, store:
     assert descriptor is not None and store.read(descriptor, 10**6, 0) == GOOD
 
 
-@pytest.mark.parametrize("change", ["flipped", "cut short", "longer"])
+@pytest.mark.parametrize("change", ["flipped", "in secret", "in secret and removed", "cut short", "longer"])
 async def test_of_an_open_chunk_that_somebody_changes_on_the_disk_no_byte_is_read(
     folder: Path, store: ChunkStore, change: str
 ) -> None:
@@ -250,6 +250,12 @@ async def test_of_an_open_chunk_that_somebody_changes_on_the_disk_no_byte_is_rea
         case "flipped":
             with path.open("r+b") as file:
                 file.write(BAD[:1])
+        case "in secret" | "in secret and removed":
+            status = path.stat()
+            path.write_bytes(BAD)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            if change == "in secret and removed":
+                path.unlink()
         case "cut short":
             os.truncate(path, len(GOOD) - 1)
         case "longer":

@@ -477,7 +477,7 @@ def test_what_could_not_be_written_is_reserved_no_longer(
 
         volume = store.volume
         with monkeypatch.context() as patch:
-            patch.setattr("fsmount.cache.chunks._write", fail)
+            patch.setattr("fsmount.cache.chunks.write_file", fail)
             assert put(store, "a") == [False]
         assert store.volume == volume
         assert store._eviction.table.reservations() == []

@@ -104,7 +104,7 @@ async def test_when_a_chunk_found_no_space_the_bounds_are_looked_after_at_once(
                 raise OSError(28, "No space left on device")
 
             with monkeypatch.context() as patch:
-                patch.setattr("fsmount.cache.chunks._write", full)
+                patch.setattr("fsmount.cache.chunks.write_file", full)
                 assert not store.put("no", CHUNK, SHA256)
             await until(lambda: store.volume <= store._room.size)
         assert 20 < len(files(folder)) <= 32
