@@ -138,7 +138,7 @@ class Session:
     async def forget(self, inodes: Iterable[int]) -> None:
         """Has the kernel forget the pages of inodes.
 
-        Cancellation: what is under way goes on in its thread, which the kernel has wait until readers of a page have got it.
+        Cancellation: what is under way goes on in its thread; the kernel has that wait for readers of a page.
         """
         if self._device is not None:
             # Its own: by the end of the session the number of the other may be another file's.
