@@ -13,7 +13,7 @@ from fsmount.archive.span import Trust
 from fsmount.cache.chunks import ChunkStore
 from fsmount.cache.folder import CacheFolder
 from fsmount.cache.numbers import Numbers
-from fsmount.errors import Corrupt, NotFound
+from fsmount.errors import Corrupt, FsmountError, NotFound
 from fsmount.index import LayerIndex
 from fsmount.lazy import Finder, LayerSpec
 from fsmount.passes import Passes
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Why a layer is streamed that an earlier process has begun to stream.
 _BEGUN = "that had begun before a restart"
+#: When another number is tried to be had again that could not be.
+_RETRY_SECONDS = 1.0
 
 
 class Piece(NamedTuple):
@@ -49,11 +51,44 @@ class Layer(Supply):
         super().__init__(
             spec, source, layers.means, lambda error, shown: layers.renumber(self, error, shown=shown)
         )
-        self.number = layers.numbers.layer(spec.key)
+        self._number: int | None = layers.numbers.layer(spec.key)
+        #: Why it has none.
+        self._numberless: FsmountError | None = None
+        #: Why what was shown of it before became void, each time.
+        self._ends: list[Corrupt] = []
         #: Told of every member that the mount is asked to read.
         self.on_read: list[Callable[[Layer, int], None]] = []
         self._layers = layers
         self._last = -1  # the chunk that was read last
+
+    @property
+    def number(self) -> int:
+        """By which the kernel knows it. Raises: FsmountError, NoSpace (it is to have another, which cannot be kept)."""
+        if self._number is None:
+            assert self._numberless is not None
+            raise self._numberless.with_traceback(None)
+        return self._number
+
+    @property
+    def ends(self) -> int:
+        """How often what was shown of it became void: what is known of its members holds until the next time."""
+        return len(self._ends)
+
+    def end_number(self, error: Corrupt) -> int | None:
+        """It has none from now on; returns what it was."""
+        number, self._number = self._number, None
+        self._ends.append(error)
+        return number
+
+    def renew_number(self) -> bool:
+        """Gives it another number, if it has none; False if that cannot be kept."""
+        try:
+            if self._number is None:
+                self._number = self._layers.numbers.renew_layer(self.spec.key)
+        except FsmountError as error:
+            self._numberless = error
+            return False
+        return True
 
     def read_hot(self, member: int, offset: int, size: int) -> bytes | None:
         """As `read`, if that takes no waiting: the bytes lie in one recent chunk. Else None.
@@ -81,13 +116,16 @@ class Layer(Supply):
         data = self._layers.chunks.read(opened.descriptor, size, start - opened.start)
         return data if len(data) == size else None
 
-    async def read(self, member: int, offset: int, size: int) -> bytes:
+    async def read(self, member: int, offset: int, size: int, *, number: int | None = None) -> bytes:
         """size bytes of a member's content from offset, fewer only at its end.
 
+        number: the layer's, if what is meant is what had that.
         Raises: NotFound (no such member), Corrupt, Unreachable and other kinds of FsmountError.
         Cancellation: safe; what is being fetched goes on for other readers.
         """
-        number = self.number
+        if number is not None and number != self._number:
+            self._layers.numbered(number)
+        ends = self.ends
         while True:
             index = self.index
             content = index.content(member) if index is not None else None
@@ -97,7 +135,7 @@ class Layer(Supply):
                 raise NotFound(f"layer {self.spec.descriptor.digest} has no member {member}")
             # Found in a pass that broke off: the next one shows it under the same number.
             await self.wait_progress()
-            self._check_number(number)
+            self._check(ends)
         logical_size, extents = content
         stop = min(offset + size, logical_size)
         if stop <= offset:
@@ -113,7 +151,7 @@ class Layer(Supply):
                 begin = extent.offset - extent.file_offset
                 extent_stop = extent.offset + extent.size
                 data = await self.read_stream(begin + start, end - start, stop=extent_stop)
-                self._check_number(number)
+                self._check(ends)
                 result[start - offset : end - offset] = data
         return bytes(result)
 
@@ -122,13 +160,13 @@ class Layer(Supply):
 
         As `read`.
         """
-        number = self.number
+        ends = self.ends
         pieces: list[bytes] = []
         while size > 0:
             opened = self.hot(offset)
             if opened is None:
                 opened = await self.open(offset)
-                self._check_number(number)
+                self._check(ends)
             if opened.number != self._last:
                 self._come_to(opened, offset, stop)
             if offset == opened.start:
@@ -138,7 +176,7 @@ class Layer(Supply):
             if len(piece) != take:
                 # Changed on the disk since it was opened, or the disk fails.
                 await self._layers.chunks.drop([self.chunk_key(opened.number)])
-                self._check_number(number)
+                self._check(ends)
                 continue
             pieces.append(piece)
             offset += take
@@ -149,7 +187,11 @@ class Layer(Supply):
 
     async def _find(self) -> bool:
         shown = self._layers.shown
-        if shown is not None and shown.has_numbering(self.number, self.stream_numbering):
+        if (
+            shown is not None
+            and self._number is not None
+            and shown.has_numbering(self._number, self.stream_numbering)
+        ):
             # Members whose numbers the kernel has from a pass are found under these by a pass alone.
             self._reason = _BEGUN
             return False
@@ -157,30 +199,42 @@ class Layer(Supply):
 
     def note_index(self, index: LayerIndex) -> None:
         shown = self._layers.shown
-        if shown is None:
+        if shown is None or self._number is None:
             return
-        if shown.has_other_numbering(self.number, index.numbering):
+        if shown.has_other_numbering(self._number, index.numbering):
             digest = self.spec.descriptor.digest
             error = Corrupt(f"layer {digest}: what told its members apart was lost, and is another now")
             log.warning("%s; what is open of it cannot be read on", error.message)
             self._layers.renumber(self, error, shown=True)
-        shown.note_index(self.number, index)
+            if self._number is None:
+                return
+        shown.note_index(self._number, index)
         if index.trust is Trust.HINT:
-            shown.note_unverified(self.number)
+            shown.note_unverified(self._number)
         else:
-            shown.note_verified(self.number, index.members)
+            shown.note_verified(self._number, index.members)
 
     def note_stream(self, *, has_begun: bool) -> None:
         shown = self._layers.shown
-        if shown is not None and has_begun:
-            shown.note_stream(self.number, self.stream_numbering)
-        elif shown is not None:
-            shown.note_nothing(self.number)
+        if shown is None or self._number is None:
+            return
+        if has_begun:
+            shown.note_stream(self._number, self.stream_numbering)
+        else:
+            shown.note_nothing(self._number)
 
-    def _check_number(self, number: int) -> None:
-        """Raises: Corrupt, if what the layer was when it had that number is void."""
-        if number != self.number:
-            self._layers.numbered(number)
+    def note_all(self) -> None:
+        """What is shown of it is shown by a number that it had not got when that began."""
+        index = self.index
+        if index is not None and index.complete:
+            self.note_index(index)
+        elif index is not None:
+            self.note_stream(has_begun=True)
+
+    def _check(self, ends: int) -> None:
+        """Raises: Corrupt, if what the layer was when that had so often become void has become so too."""
+        if self.ends != ends:
+            raise self._ends[-1].with_traceback(None)
 
     def _come_to(self, opened: Opened, offset: int, stop: int) -> None:
         self._last = opened.number
@@ -273,17 +327,33 @@ class Layers:
         return self._by_number.get(number)
 
     def renumber(self, layer: Layer, error: Corrupt, *, shown: bool) -> None:
-        """Gives a condemned layer a new number. shown: it was complete, so the kernel was told to keep what it is."""
-        number = layer.number
-        self._by_number.pop(number, None)
-        self._retired[number] = error
-        layer.number = self.numbers.renew_layer(layer.spec.key)
-        self._by_number[layer.number] = layer
-        if self.shown is not None:
-            self.shown.note_void(number, _members(layer))
+        """Gives a condemned layer a new number. shown: it was complete, so the kernel was told to keep what it is.
+
+        The kernel has to forget the old one, whatever becomes of the new one: if the disk has no room for that,
+        the layer has none until there is.
+        """
+        number, members = layer.end_number(error), _members(layer)
+        if number is not None:
+            self._by_number.pop(number, None)
+            self._retired[number] = error
+            if self.shown is not None:
+                self.shown.note_void(number, members)
+        if layer.renew_number():
+            self._by_number[layer.number] = layer
+        elif number is not None:
+            self.nursery.start_soon(self._number_later, layer)
         if shown:
             for told in self.on_void:
                 told(layer, error)
+
+    async def _number_later(self, layer: Layer) -> None:
+        log.warning("layer %s has no number until one can be kept", layer.spec.descriptor.digest)
+        while True:
+            await trio.sleep(_RETRY_SECONDS)
+            if layer.renew_number():
+                break
+        self._by_number[layer.number] = layer
+        layer.note_all()
 
 
 def _members(layer: Layer) -> int:

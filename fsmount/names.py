@@ -29,9 +29,13 @@ class Names:
         self._numbers = numbers
         self._views: dict[int, View] = {}
         self._latest: dict[tuple[str, str], View] = {}
+        #: What is to have another view, which could not be kept.
+        self._to_rename: dict[int, ViewRecord] = {}
 
     def known(self, app: App, name: str) -> View | None:
         """The view of a name, if it is known what the name stands for, or somebody has given it one here."""
+        if self._to_rename:
+            self._rename_all()
         view = self._latest.get((app.name, name))
         if view is not None and view.record.origin == app.origin:
             return view
@@ -128,14 +132,28 @@ class Names:
 
     def renew(self, layer: Layer, error: Corrupt) -> None:
         """Gives new views to what shows a layer that is not what it was: the kernel keeps the names in the old ones."""
-        for view in list(self._views.values()):
+        for view in self._views.values():
             if view.content is not None and layer in view.content.tree.layers:
                 view.content, view.void = None, error
                 view.record = replace(view.record, root=None)
-                self._rename(view.record)
-        # Those of earlier processes too.
-        for record in self._numbers.views_of(layer.number):
-            self._rename(record)
+                self._to_rename[view.number] = view.record
+        try:
+            # Those of earlier processes too.
+            for record in self._numbers.views_of(self._numbers.layer(layer.spec.key)):
+                self._to_rename[record.number] = record
+        except FsmountError as failure:
+            log.warning("which names show a layer that is another now is not known: %s", failure.message)
+        self._rename_all()
+
+    def _rename_all(self) -> None:
+        """The rest when somebody asks for a name the next time."""
+        for record in list(self._to_rename.values()):
+            try:
+                self._rename(record)
+            except FsmountError as failure:
+                log.warning("%s of %s cannot be shown anew yet: %s", record.name, record.app, failure.message)
+                return
+            del self._to_rename[record.number]
 
     def _rename(self, record: ViewRecord) -> None:
         """Another view for a name, of the same content, if this is the latest that it has."""

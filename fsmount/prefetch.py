@@ -125,7 +125,7 @@ async def bring(missing: Mapping[Layer, Sequence[int]], means: Means) -> None:
 
 async def bring_layer(layer: Layer, numbers: Sequence[int]) -> None:
     """Fetches chunks of one complete layer, by parts or, where that cannot be, by a pass. Raises: as `bring`."""
-    number_of_layer = layer.number
+    ends = layer.ends
     fetcher, index = layer.fetcher, layer.index
     if fetcher is not None and index is not None:
         try:
@@ -136,11 +136,11 @@ async def bring_layer(layer: Layer, numbers: Sequence[int]) -> None:
                 raise
             log.warning("%s; all of it is fetched", error.message)
             await layer.wait_trusted()
-    if layer.number == number_of_layer:
+    if layer.ends == ends:
         # Ascending, as they come by in a pass.
         for number in numbers:
             await layer.open_chunk(number)
-    if layer.number != number_of_layer:
+    if layer.ends != ends:
         raise Corrupt(
             f"layer {layer.spec.descriptor.digest} is not what was known of it before",
             remedy="That is forgotten now: try again.",

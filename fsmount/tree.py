@@ -351,7 +351,7 @@ class Tree:
         self.layers = layers
         self._folder = folder
         self._path = folder.trees / f"{digest.algorithm}-{digest.hex}.sqlite"
-        self._numbers = [layer.number for layer in layers]
+        self._ends = [layer.ends for layer in layers]
         self._stored: StoredTree | None = None
         self._looked = False
         self._overlay = Overlay(lambda position: layers[position].index, len(layers))
@@ -362,10 +362,10 @@ class Tree:
     @property
     def on_disk(self) -> StoredTree | None:
         """The merged tree, if it has been written."""
-        numbers = [layer.number for layer in self.layers]
-        if numbers != self._numbers:
+        ends = [layer.ends for layer in self.layers]
+        if ends != self._ends:
             # What a layer was when the tree was merged turned out to be wrong.
-            self._numbers = numbers
+            self._ends = ends
             self._forget()
         if self._stored is None and not self._looked:
             self._looked = True
@@ -447,9 +447,9 @@ class Tree:
         return stored
 
     async def _merge_in_thread(self) -> StoredTree:
-        numbers = [layer.number for layer in self.layers]
+        ends = [layer.ends for layer in self.layers]
         stored = await trio.to_thread.run_sync(self._merge)
-        if numbers != [layer.number for layer in self.layers]:
+        if ends != [layer.ends for layer in self.layers]:
             stored.close()
             self._path.unlink(missing_ok=True)
             raise Corrupt(f"image {self.digest}: one of its layers turned out to be wrong meanwhile")

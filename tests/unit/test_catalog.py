@@ -12,9 +12,17 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fsmount.archive.span import Trust
-from fsmount.cache.numbers import Numbers
+from fsmount.cache.numbers import Numbers, ViewRecord
 from fsmount.catalog import VIEW_ROOT, App, Catalog, Content, View
-from fsmount.errors import AccessDenied, DeadlineExpired, FsmountError, NotFound, Unreachable
+from fsmount.errors import (
+    AccessDenied,
+    Corrupt,
+    DeadlineExpired,
+    FsmountError,
+    NoSpace,
+    NotFound,
+    Unreachable,
+)
 from fsmount.oci.digest import Digest
 from fsmount.oci.platform import Platform
 from fsmount.policy import Indexes
@@ -642,3 +650,29 @@ async def test_the_names_of_apps_make_the_folders_above_them(tmp_path: Path, sou
     async with open_catalog(tmp_path, *apps) as catalog:
         assert catalog.folders == {"": {"web", "team"}, "team": {"a", "b", "deep"}, "team/deep": {"c"}}
         assert list(catalog.apps.values()) == apps
+
+
+async def test_a_name_whose_view_became_void_while_the_disk_was_full_opens_when_there_is_room_again(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> ViewRecord:
+        raise NoSpace("no space left for state.sqlite")
+
+    source.listed["v2"] = source.listed["v1"]
+    async with open_layers(tmp_path) as layers:
+        catalog = Catalog([web := app(source)], layers, layers.nursery)
+        views = [await catalog.view(web, tag) for tag in ("v1", "v2")]
+        (layer,) = (await catalog.content(views[0])).tree.layers
+        await catalog.content(views[1])
+        await layer.wait_complete()
+        with monkeypatch.context() as full:
+            full.setattr(Numbers, "new_view", fail)
+            layers.renumber(layer, Corrupt("it was another one"), shown=True)
+            for tag, view in zip(("v1", "v2"), views, strict=True):
+                assert await catalog.view(web, tag) is view
+                with pytest.raises(Corrupt):
+                    await catalog.content(view)
+        for tag, view in zip(("v1", "v2"), views, strict=True):
+            again = await catalog.view(web, tag)
+            assert again is not view, "the kernel keeps the names in the old one"
+            assert await names(await catalog.content(again)) == [b"dist"]

@@ -10,7 +10,7 @@ import trio
 
 from fsmount.archive.span import Trust
 from fsmount.cache.numbers import Numbers
-from fsmount.errors import Corrupt, FsmountError, Unreachable
+from fsmount.errors import Corrupt, FsmountError, NoSpace, Unreachable
 from fsmount.layer import Layer, Layers
 from fsmount.lazy import LayerSpec
 from fsmount.oci.manifest import Descriptor
@@ -168,6 +168,47 @@ async def test_what_turns_out_wrong_is_taken_back_and_its_number_is_not_used_aga
         assert layer.number != number
         assert told == [(number, MEMBERS)]
         assert left(layers) == frozenset()
+
+
+@pytest.mark.parametrize("has_room_again", [False, True])
+async def test_what_turns_out_wrong_is_taken_back_whether_a_new_number_can_be_kept_or_not(
+    tmp_path: Path,
+    source: FakeSource,
+    blob: Descriptor,
+    monkeypatch: pytest.MonkeyPatch,
+    has_room_again: bool,
+) -> None:
+    def fail(*_: object) -> int:
+        raise NoSpace("no space left for state.sqlite")
+
+    monkeypatch.setattr("fsmount.layer._RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("fsmount.streamed._CONDEMNED_SECONDS", 0)
+    told: list[tuple[int, int]] = []
+    async with process(tmp_path) as layers:
+        number = (await show_half(layers, source, blob)).number
+    async with process(tmp_path, told) as layers:
+        source.then(blob, Body(data=TAR[:-2000] + b"!" + TAR[-1999:]))
+        layer = layers.get(LayerSpec(blob), source)
+        with monkeypatch.context() as full:
+            full.setattr(Numbers, "renew_layer", fail)
+            with pytest.raises(Corrupt):
+                await layer.wait_complete()
+            assert told == [(number, MEMBERS)]
+            with pytest.raises(Corrupt):
+                layers.numbered(number)
+            with pytest.raises(NoSpace):
+                _ = layer.number
+            # Who does not come from the kernel needs no number.
+            assert await layer.read_stream(512, 100) == HEAD[:100]
+            if not has_room_again:
+                return
+        with trio.fail_after(10):
+            while layers.numbers.layer(layer.spec.key) == number:  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.01)
+        assert layers.numbered(layer.number) is layer
+        await layer.wait_complete()
+        assert layers.numbers.numbering(layer.number) == layer.stream_numbering
+        assert len(told) == 1
 
 
 async def test_a_mount_that_has_just_begun_has_nothing_to_take_back(
