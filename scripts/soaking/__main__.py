@@ -133,7 +133,9 @@ class Soak:
         apps = [*self.known.trees, builds.MOVING]
         self.subject = self.stack.enter_context(prepared(self.work, self.front.host, apps))
         dice = random.Random(f"{self.seed}/trouble")
-        self.trouble = Troublemaker(self.subject, self.front, registry, layout, self.seed, dice)
+        self.trouble = Troublemaker(
+            self.subject, self.front, registry, layout, self.seed, dice, self.work / "trouble.log"
+        )
         self.trouble.push()
         self.watch = Watch(
             self.diaries,

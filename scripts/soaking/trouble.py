@@ -162,6 +162,8 @@ class Troublemaker:
     layout: Path
     seed: str
     dice: random.Random
+    #: Where a line is written for each thing that is done.
+    log: Path
     #: Deaths of the worker that there may be within a minute.
     most_deaths: int = CACHE_ONLY_DEATHS - 1
     faults: list[Fault] = field(default_factory=list)
@@ -213,7 +215,12 @@ class Troublemaker:
         self.front.open()
         self._over("registry stopped")
 
+    def _note(self, *words: object) -> None:
+        with self.log.open("a") as log:
+            log.write(" ".join([f"{time.monotonic():.3f}", *map(str, words)]) + "\n")
+
     def _begin(self, step: Step) -> None:
+        self._note(step.kind)
         match step.kind:
             case "kill":
                 self._kill()
@@ -253,6 +260,7 @@ class Troublemaker:
                 self.front.set(TOXICS[kind])
 
     def _end(self, step: Step) -> None:
+        self._note("end of", step.kind)
         match step.kind:
             case "freeze":
                 if self._frozen in [process.pid for process in self.subject.processes()]:
@@ -322,3 +330,4 @@ class Troublemaker:
                         file.seek(at)
                         file.write(bytes(min(4096, size - at)) if how == "zeroed" else bytes([byte ^ 0x20]))
                 self.done[f"chunk {how}"] += 1
+                self._note(how, path.relative_to(self.subject.chunks))
