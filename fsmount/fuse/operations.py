@@ -95,6 +95,7 @@ class Operations:
         content = await self._catalog.content(view)
         tree = content.tree
         node = await tree.lookup(content.directory(place.directory), name)
+        _check(view)
         if node is None:
             return absent(_FOR_EVER if tree.final else 0)
         return self._node_attributes(view, tree, node)
@@ -112,7 +113,9 @@ class Operations:
 
     async def _directory_attributes(self, view: View, place: Directory) -> Attributes:
         tree = (await self._catalog.content(view)).tree
-        return self._node_attributes(view, tree, await tree.node(place.directory))
+        node = await tree.node(place.directory)
+        _check(view)
+        return self._node_attributes(view, tree, node)
 
     def readlink(self, inode: int) -> Answer[bytes]:
         place = parse_inode(inode)
@@ -138,7 +141,9 @@ class Operations:
 
     async def _list_when_known(self, view: View, place: Directory, after: int, listing: Listing) -> bytes:
         content = await self._catalog.content(view)
-        return self._list(view, content, await content.tree.stored(), place, after, listing)
+        stored = await content.tree.stored()
+        _check(view)
+        return self._list(view, content, stored, place, after, listing)
 
     def _list(
         self, view: View, content: Shown, stored: StoredTree, place: Directory, after: int, listing: Listing
@@ -172,7 +177,10 @@ class Operations:
         if layer is None:
             return self._when_opened(place, lambda: self.read(inode, offset, size))
         data = layer.read_hot(place.member, offset, size)
-        return layer.read(place.member, offset, size) if data is None else data
+        if data is not None:
+            return data
+        # Its task begins later: the layer may have become another by then.
+        return layer.read(place.member, offset, size, number=place.layer)
 
     # The whole
 
@@ -213,6 +221,8 @@ class Operations:
             member = None
             while member is None:
                 await layer.wait_progress()
+                # Raises if the layer has become another meanwhile: what has that number now is another member.
+                self._layers.numbered(place.layer)
                 member = _find_member(layer, place.member)
             return answer(layer, member)
 
@@ -245,6 +255,12 @@ class Operations:
             inode = content_inode(tree.layers[node.layer].number, node.member.number)
         # While layers stream, a later member of the same layer may replace this one.
         return _attributes(inode, node.member, _FOR_EVER if tree.final else 0)
+
+
+def _check(view: View) -> None:
+    """Raises: Corrupt, if what the view shows was condemned while somebody waited: its numbers mean others now."""
+    if view.void is not None:
+        raise view.void.with_traceback(None)
 
 
 def _find_member(layer: Layer, number: int) -> Member | None:

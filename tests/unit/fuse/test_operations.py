@@ -21,11 +21,12 @@ from fsmount.cache.chunks import open_chunk_store
 from fsmount.cache.folder import CacheFolder
 from fsmount.cache.numbers import Numbers
 from fsmount.catalog import App, Catalog
+from fsmount.errors import Corrupt, FsmountError
 from fsmount.fuse import operations as module
 from fsmount.fuse.inodes import Content, content_inode, directory_inode, folder_inode, parse_inode
 from fsmount.fuse.operations import Operations
 from fsmount.fuse.protocol import Attributes, Refusal
-from fsmount.layer import Layers
+from fsmount.layer import Layer, Layers
 from fsmount.oci.manifest import Descriptor
 from fsmount.oci.platform import Platform
 from fsmount.registry.layout import Layout
@@ -517,3 +518,64 @@ def test_the_place_of_a_tag_in_a_listing_is_never_the_beginning(name: bytes) -> 
 
 def test_the_place_of_a_tag_in_a_listing_is_the_same_in_every_process() -> None:
     assert module._offset("v1") == 514116026288276215
+
+
+# -------------------- what a layer was
+
+
+async def test_a_read_that_begins_when_its_layer_has_become_another_is_refused(
+    operations: Operations,
+) -> None:
+    await finish(operations, "app/v1")
+    file = await look(operations, "app/v1/file")
+    layer = _layer_of(operations, file)
+    operations._layers.chunks._hot.close()  # so that it has to wait
+    answer = operations.read(file.inode, 0, 10)
+    assert inspect.iscoroutine(answer)
+    operations._layers.renumber(layer, Corrupt("it was another one"), shown=True)
+    with pytest.raises(Corrupt, match="another one"):
+        await answer
+
+
+@pytest.mark.parametrize("question", ["getattr", "readlink", "lookup", "readdir"])
+async def test_who_waits_for_a_layer_is_refused_if_it_becomes_another_meanwhile(
+    work: Path, layout: Path, question: str
+) -> None:
+    source = _Held(layout)
+    async with process(work / "cache", source, "app") as operations:
+        root = (await look(operations, "app/large")).inode
+        layer = _layer_of(operations, await look(operations, "app/large/early"))
+        late = content_inode(layer.number, 4)
+        answer: Any
+        match question:
+            case "getattr":
+                answer = operations.getattr(late)
+            case "readlink":
+                answer = operations.readlink(late)
+            case "lookup":
+                answer = operations.lookup(root, b"late")
+            case "readdir":
+                answer = operations.readdir(root, 0, 4096, plus=True)
+        assert inspect.iscoroutine(answer)
+        caught: list[FsmountError] = []
+
+        async def wait() -> None:
+            try:
+                await answer
+            except FsmountError as error:
+                caught.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            operations._layers.renumber(layer, Corrupt("it was another one"), shown=True)
+            source.go_on.set()
+        assert [error.message for error in caught] == ["it was another one"]
+
+
+def _layer_of(operations: Operations, member: Attributes) -> Layer:
+    place = parse_inode(member.inode)
+    assert isinstance(place, Content)
+    layer = operations._layers.numbered(place.layer)
+    assert layer is not None
+    return layer
