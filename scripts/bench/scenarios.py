@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from scripts.bench import boot, start
+from scripts.bench import boot, eviction, start
 from scripts.bench.bench import Bench
 from scripts.bench.corpus import REPOSITORY
 from scripts.bench.machine import Failed, drop_caches, probe, resident_megabytes, timed
@@ -55,6 +55,7 @@ ASKS = (
     Ask("200,000 files: memory, MB", None, 250),
     Ask("200,000 files: open an indexed tag, s", None, 0.3),
     *start.ASKS,
+    *eviction.ASKS,
     *boot.ASKS,
 )
 
@@ -317,6 +318,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "app-start": start.app_start,
     "spans": start.spans,
     "index": start.index,
+    "eviction": eviction.eviction,
     "boot": boot.boot,
 }
 

@@ -222,7 +222,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tar = archive(*(Member(name, data) for name, data in _FILES.items()))
     other = archive(*(Member(name, data) for name, data in _OTHERS.items()))
     peers.tar_layer_image(layout, "gzip", [peers.pack(tar, level=1)])
-    peers.tar_layer_image(layout, "zstd", [peers.pack(tar, "tar+zstd")])
+    peers.tar_layer_image(layout, "zstd", [peers.pack(tar, "zstd")])
     peers.tar_layer_image(layout, "other", [peers.pack(other, level=1)])
     return layout
 
