@@ -418,7 +418,8 @@ class Tree:
                 layer.check(diff_id)
             await self._writing.acquire()
             try:
-                if self._stored is None:
+                # A layer may have become another while it was waited for.
+                if self.on_disk is None:
                     try:
                         self._stored = await self._merge_in_thread()
                     except FsmountError as error:

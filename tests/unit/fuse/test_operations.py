@@ -573,6 +573,26 @@ async def test_who_waits_for_a_layer_is_refused_if_it_becomes_another_meanwhile(
         assert [error.message for error in caught] == ["it was another one"]
 
 
+async def test_a_listing_that_waits_for_a_pass_lists_what_the_layer_turns_out_to_be(
+    work: Path, layout: Path
+) -> None:
+    source = _Held(layout)
+    found: list[str] = []
+    async with process(work / "cache", source, "app") as operations:
+        root = (await look(operations, "app/large")).inode
+        layer = _layer_of(operations, await look(operations, "app/large/early"))
+
+        async def wait() -> None:
+            found.extend(name for name, *_ in await listed(operations, root))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            operations._layers.renumber(layer, Corrupt("it was another one"), shown=False)
+            source.go_on.set()
+    assert found == ["early", "folder", "late"]
+
+
 def _layer_of(operations: Operations, member: Attributes) -> Layer:
     place = parse_inode(member.inode)
     assert isinstance(place, Content)
