@@ -75,26 +75,31 @@ class User(NamedTuple):
 
 
 def parse(mountinfo: bytes) -> list[Mount]:
-    """The mounts in a text of the form of /proc/self/mountinfo, in its order."""
+    """The mounts in a text of the form of /proc/self/mountinfo, in its order; what is no such line is left out."""
     mounts = []
-    for line in mountinfo.splitlines():
-        # Any number of optional fields stands before the lone hyphen.
-        fields, _, file_system = line.partition(b" - ")
-        number, parent, device, _root, mountpoint, mount_options = fields.split(b" ")[:6]
-        fstype, source, super_options = file_system.split(b" ")[:3]
-        options = mount_options.split(b",") + super_options.split(b",")
-        mounts.append(
-            Mount(
-                id=int(number),
-                parent=int(parent),
-                device=device.decode("ascii"),
-                mountpoint=Path(_unescape(mountpoint)),
-                options=frozenset(_unescape(option) for option in options),
-                fstype=_unescape(fstype),
-                source=_unescape(source),
-            )
-        )
+    # Not splitlines: the names are of whoever may mount, and of what that splits at the kernel escapes only \n.
+    for line in mountinfo.split(b"\n"):
+        with contextlib.suppress(ValueError):
+            mounts.append(_parse_line(line))
     return mounts
+
+
+def _parse_line(line: bytes) -> Mount:
+    """Raises: ValueError."""
+    # Any number of optional fields stands before the lone hyphen.
+    fields, _, file_system = line.partition(b" - ")
+    number, parent, device, _root, mountpoint, mount_options = fields.split(b" ")[:6]
+    fstype, source, super_options = file_system.split(b" ")[:3]
+    options = mount_options.split(b",") + super_options.split(b",")
+    return Mount(
+        id=int(number),
+        parent=int(parent),
+        device=device.decode("ascii"),
+        mountpoint=Path(_unescape(mountpoint)),
+        options=frozenset(_unescape(option) for option in options),
+        fstype=_unescape(fstype),
+        source=_unescape(source),
+    )
 
 
 def mounted() -> list[Mount]:
@@ -316,9 +321,9 @@ def _used_by(process: Path) -> Iterator[str]:
         for descriptor in (process / "fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 yield os.readlink(descriptor)
-        for line in os.fsdecode((process / "maps").read_bytes()).splitlines():
+        for line in (process / "maps").read_bytes().split(b"\n"):
             # address perms offset dev inode path: the path is the rest of the line.
-            yield from line.split(maxsplit=5)[5:]
+            yield from map(os.fsdecode, line.split(maxsplit=5)[5:])
 
 
 def _command(process: Path) -> str:

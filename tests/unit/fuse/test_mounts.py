@@ -36,6 +36,20 @@ def test_a_mount_point_that_is_not_utf_8_stays_what_it_is() -> None:
     assert os.fsencode(mount.mountpoint) == b"/srv/\xff"
 
 
+@pytest.mark.parametrize("odd", [b"\r", b"\v\f\x1c\x85", b"\xe2\x80\xa8"])
+def test_a_mount_point_may_have_what_elsewhere_ends_a_line(odd: bytes) -> None:
+    (mount,) = mounts.parse(b"1 2 0:3 / /srv/a" + odd + b"b rw - tmpfs tmpfs rw\n")
+    assert os.fsencode(mount.mountpoint) == b"/srv/a" + odd + b"b"
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"nonsense", b"1 2 0:3 / /a rw", b"x 2 0:3 / /a rw - t t rw", b"1 2 \xff / /a rw - t t rw"]
+)
+def test_what_is_no_line_of_mountinfo_hides_no_other(line: bytes) -> None:
+    first, second, third = MOUNTINFO.splitlines(keepends=True)
+    assert mounts.parse(first + line + b"\n" + second + third) == mounts.parse(MOUNTINFO)
+
+
 def test_an_option_has_a_value() -> None:
     mount = mounts.parse(MOUNTINFO)[2]
     assert mount.option("user_id") == "7"
