@@ -2,9 +2,10 @@
 
 import logging
 import os
+import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from itertools import accumulate
@@ -256,23 +257,46 @@ async def _write_for_ever(path: Path, make: Callable[[], Awaitable[bytes]]) -> N
                 is_failing = True
             await trio.sleep(_EVERY_SECONDS)
     finally:
-        with suppress(OSError):
-            # What is said of a mount that is gone would be believed for ever.
-            if written is not None and os.path.samestat(written, path.stat()):
-                path.unlink()
+        # What is said of a mount that is gone would be believed for ever.
+        if written is not None:
+            _remove(path, written)
 
 
 def _replace(path: Path, content: bytes) -> os.stat_result:
-    """Of the file that is there then. Blocks on the disk. Raises: OSError."""
+    """Of the file that is there then. Blocks on the disk. Raises: OSError.
+
+    The folder may be another user's, and this root: no link in it is followed, and no name in it can be foreseen.
+    """
     # node_exporter looks at names that end in .prom.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # its reader is another user
-            file.write(content)
-        status = partial.stat()
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    partial = f".{path.name}.{secrets.token_hex(8)}"
+    with _opened(path.parent) as folder:
+        descriptor = os.open(
+            partial, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=folder
+        )
+        try:
+            with open(descriptor, "wb") as file:
+                os.fchmod(descriptor, 0o644)  # its reader is another user
+                file.write(content)
+                status = os.fstat(descriptor)
+            os.rename(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError:
+            with suppress(FileNotFoundError):
+                os.unlink(partial, dir_fd=folder)
+            raise
     return status
+
+
+def _remove(path: Path, written: os.stat_result) -> None:
+    with suppress(OSError), _opened(path.parent) as folder:
+        if os.path.samestat(written, os.stat(path.name, dir_fd=folder, follow_symlinks=False)):
+            os.unlink(path.name, dir_fd=folder)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """Raises: OSError."""
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

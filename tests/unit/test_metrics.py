@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -252,6 +253,50 @@ async def test_the_file_of_the_process_that_follows_is_left_alone(path: Path) ->
         other.replace(path)
         nursery.cancel_scope.cancel()
     assert path.read_bytes() == b"theirs"
+
+
+async def test_no_link_in_the_folder_is_followed_and_no_name_in_it_can_be_foreseen(
+    mock_clock: MockClock, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    victim = path.parent.with_name("victim")
+    victim.write_bytes(b"precious")
+    victim.chmod(0o600)
+    created: list[str] = []
+    open_file = os.open
+
+    def plant(name: str | os.PathLike[str], flags: int, *rest: Any, **more: Any) -> int:
+        """The folder's owner has seen each name of before, and makes it a link."""
+        if flags & os.O_CREAT:
+            assert flags & os.O_EXCL
+            created.append(os.fspath(name))
+        return open_file(name, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", plant)
+    path.symlink_to(victim)
+    # What it would be called by the process alone.
+    path.with_name(f".{path.name}.{os.getpid()}").symlink_to(victim)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(metrics.write_textfile, path, _Texts())
+        await _until(path, b"text 1\n")
+        path.with_name(created[-1]).symlink_to(victim)
+        await _later(mock_clock, path, b"text 2\n")
+        assert not path.is_symlink()
+        nursery.cancel_scope.cancel()
+    assert len(set(created)) == 2
+    assert victim.read_bytes() == b"precious" and victim.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_link_in_place_of_the_file_is_not_taken_for_it_at_the_end(path: Path) -> None:
+    path.parent.mkdir()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(metrics.write_textfile, path, _Texts())
+        await _until(path, b"text 1\n")
+        moved = path.with_name("moved")
+        path.rename(moved)
+        path.symlink_to(moved)
+        nursery.cancel_scope.cancel()
+    assert path.is_symlink() and moved.read_bytes() == b"text 1\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
