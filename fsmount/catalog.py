@@ -143,7 +143,7 @@ class Catalog:
             return view
         if not is_listed:
             digest = await self._resolve(app, name, str(digest) if digest else tag)
-        return self._names.give(app, name, digest)
+        return await self._numbers.when_possible(partial(self._names.give, app, name, digest))
 
     def view_numbered(self, number: int) -> View | None:
         """The view of that number, also one of an earlier process, and of an app that is gone or has changed.
@@ -224,7 +224,8 @@ class Catalog:
             digest = record.digest
         content = await self._open_version(app, version, digest)
         if name and app.name in self.apps:
-            self._numbers.name_view(app.name, name, app.origin, digest)
+            name_view = partial(self._numbers.name_view, app.name, name, app.origin, digest)
+            await self._numbers.when_possible(name_view)
         return content
 
     async def _open_version(self, app: App, version: str | None, digest: Digest) -> Content:
@@ -250,7 +251,7 @@ class Catalog:
         digest = self._names.look_up(view)
         if digest is None:
             digest = await self._resolve(app, name, str(pinned) if pinned else tag)
-            digest = self._names.bind(view, digest)
+            digest = await self._numbers.when_possible(partial(self._names.bind, view, digest))
         is_pinned = pinned is not None
         content = await self._contents.open(app, digest, is_pinned=is_pinned, seconds=self.names_seconds)
         self._names.note_shown(view, content)
@@ -275,24 +276,24 @@ class Catalog:
             digest = await self._resolve(app, name, name, before)
         except NotFound:
             if before is not None:
-                self._forget(app, frozenset([name]))
+                await self._forget(app, frozenset([name]))
             return before, None
         view = self._names.known(app, name)
         if view is not None and view.record.digest not in (None, digest):
             log.info("the tag %s of %s has moved to %s", name, app.name, digest)
-            self._names.give(app, name, digest)
+            await self._numbers.when_possible(partial(self._names.give, app, name, digest))
         return before, digest
 
     def bound_names(self, app: App) -> list[str]:
         """The tags of an app of which it is known what they stand for, in this process or in one before."""
         return [name for name in self._names.bound(app) if parse_name(name)[1] is None]
 
-    def _forget(self, app: App, tags: frozenset[str]) -> None:
+    async def _forget(self, app: App, tags: frozenset[str]) -> None:
         """They are gone."""
         for tag in tags:
             log.info("the tag %s of %s is gone", tag, app.name)
             self._unwatch((app.name, tag))
-            self._names.forget(app, tag)
+            await self._numbers.when_possible(partial(self._names.forget, app, tag))
 
     def watch_lists(self) -> None:
         """Has the lists of tags looked after that are known, also those that an earlier process has left."""

@@ -152,7 +152,7 @@ async def open_engine(
         closing(Numbers(folder.state)) as numbers,
         closing(WarmSets(folder.state)) as warm_sets,
     ):
-        folder.make_room = chunks.free
+        folder.make_room = numbers.make_room = chunks.free
         # Layers may ask the sources of an earlier configuration to the end.
         async with trio.open_nursery() as connections:
 

@@ -12,6 +12,7 @@
     │   └── Invalid         EBADMSG       1   bytes that are what was promised, and break the format
     ├── Unsupported         EOPNOTSUPP    1   a form fsmount knows and refuses (schema 1, encrypted, xz)
     ├── NoSpace             ENOSPC        8   the disk or the cache is full
+    ├── Busy                EBUSY         1   another process has locked a file of the cache for long; transient
     └── Refused             EPERM         9   would overwrite, escape or endanger something
 
 Foreign exceptions stop at the package that owns their library and leave it as one of these.
@@ -112,6 +113,13 @@ class NoSpace(FsmountError):
 
     errno = errno.ENOSPC
     exit_code = 8
+
+
+class Busy(FsmountError):
+    """Another process is in the middle of changing what would have to be changed."""
+
+    errno = errno.EBUSY
+    transient = True
 
 
 class Refused(FsmountError):

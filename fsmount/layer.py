@@ -4,6 +4,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import trio
@@ -80,15 +81,14 @@ class Layer(Supply):
         self._ends.append(error)
         return number
 
-    def renew_number(self) -> bool:
-        """Gives it another number, if it has none; False if that cannot be kept."""
+    def renew_number(self) -> None:
+        """Gives it another number, if it has none. Raises: FsmountError, NoSpace (that cannot be kept)."""
         try:
             if self._number is None:
                 self._number = self._layers.numbers.renew_layer(self.spec.key)
         except FsmountError as error:
             self._numberless = error
-            return False
-        return True
+            raise
 
     def read_hot(self, member: int, offset: int, size: int) -> bytes | None:
         """As `read`, if that takes no waiting: the bytes lie in one recent chunk. Else None.
@@ -338,10 +338,13 @@ class Layers:
             self._retired[number] = error
             if self.shown is not None:
                 self.shown.note_void(number, members)
-        if layer.renew_number():
+        try:
+            layer.renew_number()
+        except FsmountError:
+            if number is not None:
+                self.nursery.start_soon(self._number_later, layer)
+        else:
             self._by_number[layer.number] = layer
-        elif number is not None:
-            self.nursery.start_soon(self._number_later, layer)
         if shown:
             for told in self.on_void:
                 told(layer, error)
@@ -349,9 +352,10 @@ class Layers:
     async def _number_later(self, layer: Layer) -> None:
         log.warning("layer %s has no number until one can be kept", layer.spec.descriptor.digest)
         while True:
-            await trio.sleep(_RETRY_SECONDS)
-            if layer.renew_number():
+            with suppress(FsmountError):
+                await self.numbers.when_possible(layer.renew_number)
                 break
+            await trio.sleep(_RETRY_SECONDS)
         self._by_number[layer.number] = layer
         layer.note_all()
 

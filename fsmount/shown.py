@@ -37,9 +37,13 @@ class Shown:
         return frozenset(self._left)
 
     def forget(self) -> None:
-        """The mount has just begun, and its kernel remembers nothing. Raises: FsmountError, NoSpace."""
-        self._numbers.forget_unverified(self._mount)
+        """The mount has just begun, and its kernel remembers nothing."""
         self._left.clear()
+        try:
+            self._numbers.forget_unverified(self._mount)
+        except FsmountError as error:
+            # The next process has the kernel forget more than it must.
+            log.warning("that the mount is new is not noted for the next process: %s", error.message)
 
     def has_numbering(self, number: int, numbering: str) -> bool:
         """Whether members of a layer were shown by that numbering. Raises: FsmountError."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -27,7 +27,7 @@ class TagLists:
         self,
         listings: Listings,
         nursery: trio.Nursery,
-        on_gone: Callable[[App, frozenset[str]], None],
+        on_gone: Callable[[App, frozenset[str]], Awaitable[None]],
     ) -> None:
         """on_gone: told of tags that were listed before, and are no more."""
         #: For a source to answer.
@@ -64,10 +64,9 @@ class TagLists:
             tags = await app.source.tags()
         names = frozenset(tag for tag in tags if is_tag(tag) and not is_housekeeping(tag))
         known = self.known(app)
-        listing = self._keep(app, names)
         if known is not None and known.names - names:
-            self._on_gone(app, known.names - names)
-        return listing
+            await self._on_gone(app, known.names - names)
+        return self._keep(app, names)
 
     def _keep(self, app: App, names: frozenset[str]) -> Listing:
         key = app.name, app.origin

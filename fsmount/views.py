@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import TypeAlias
 
 import trio
@@ -108,7 +109,10 @@ class Contents:
         else:
             with answering(app.source.name, seconds):
                 image = await open_image(app.source, digest, app.platform, self._layers.folder)
-        layers = [self._layers.get(replace(spec, indexes=indexes), app.source) for spec in image.layers]
+        layers = []
+        for spec in image.layers:
+            get = partial(self._layers.get, replace(spec, indexes=indexes), app.source)
+            layers.append(await self._layers.numbers.when_possible(get))
         if indexes is not Indexes.ANY:
             for layer in layers:
                 await layer.demand_trust()

@@ -1,13 +1,24 @@
 """Numbers: the small numbers that layers, views and folders keep for ever, so that inode numbers survive restarts."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import trio
 
 from fsmount.cache.listings import Listings
 from fsmount.cache.state import State
+from fsmount.errors import Busy, NoSpace
 from fsmount.oci.digest import Digest
+
+#: How long who can wait does so for another process, and how often it looks.
+_BUSY_SECONDS = 8.0
+_LOOK_SECONDS = 0.02
+#: What any change may need of the disk, many times over.
+_ROOM = 1024 * 1024
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,7 @@ class Numbers:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: FsmountError when the file cannot be used, NoSpace. So do all methods."""
+        """Raises: FsmountError when the file cannot be used, NoSpace, Busy. So do all methods."""
         self._state = State(path)
         facts = dict(self._state.rows("SELECT name, value FROM facts"))
         #: Of these numbers: with another identity they mean something else, and no kernel may mix the two.
@@ -62,9 +73,30 @@ class Numbers:
         self.began_ns = int(facts["began_ns"])
         #: What folders that may change have listed.
         self.listings = Listings(self._state)
+        #: Frees so many bytes of the disk, as far as it can; for worker threads.
+        self.make_room: Callable[[int], None] = lambda size: None
 
     def close(self) -> None:
         self._state.close()
+
+    async def when_possible(self, change: Callable[[], _Result]) -> _Result:
+        """What change returns, which writes here: as soon as no other process does, and with room made if need be.
+
+        Raises: as change; Busy, if the other does not come to an end. Cancellation: safe; nothing has changed then.
+        """
+        until, is_roomy = trio.current_time() + _BUSY_SECONDS, False
+        while True:
+            try:
+                return change()
+            except Busy:
+                if trio.current_time() >= until:
+                    raise
+            except NoSpace:
+                if is_roomy:
+                    raise
+                is_roomy = True
+                await trio.to_thread.run_sync(self.make_room, _ROOM)
+            await trio.sleep(_LOOK_SECONDS)
 
     # Layers
 

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from fsmount.cache.folder import from_os_error, from_sqlite_error
-from fsmount.errors import FsmountError
+from fsmount.errors import Busy, FsmountError
 
 log = logging.getLogger(__name__)
 
+#: How long a write waits for that of another process: nothing else goes on meanwhile in who has an event loop.
+_PATIENCE_MILLISECONDS = 100
+_BUSY_REMEDY = (
+    "If an fsmount process of this cache was stopped in the middle of a write, let it go on (kill -CONT)."
+)
 _REMEDY = "With every fsmount process of this cache stopped, remove that file; it is made anew."
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _DAMAGES = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _FILES = ("", "-wal", "-shm")
 
@@ -52,7 +58,8 @@ VERSION = len(_MIGRATIONS)
 def connect(path: Path) -> sqlite3.Connection:
     """The file as this version knows it: made, or brought up to it, if need be. Ownership: the caller closes it.
 
-    A damaged file is moved aside, which is logged, and an empty one takes its place.
+    A damaged file is moved aside, which is logged, and an empty one takes its place. To open it may take a while if
+    another process does the same; a write waits for another as long as is said above.
 
     Raises: FsmountError (of a later version; it cannot be written), NoSpace.
     """
@@ -87,6 +94,7 @@ def _open(path: Path) -> sqlite3.Connection | None:
             _check(connection)
             _suspicion(path).unlink(missing_ok=True)
         if _version(connection) == VERSION:
+            _set_patience(connection, _PATIENCE_MILLISECONDS)
             return connection
     except BaseException:
         connection.close()
@@ -138,8 +146,16 @@ def _check(connection: sqlite3.Connection) -> None:
         raise error
 
 
+def _set_patience(connection: sqlite3.Connection, milliseconds: int) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {milliseconds}")
+
+
+def _code(error: sqlite3.Error) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
 def _is_damage(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGES
+    return _code(error) in _DAMAGES
 
 
 def _suspicion(path: Path) -> Path:
@@ -176,6 +192,8 @@ def _move_aside(path: Path, error: sqlite3.Error) -> None:
 
 def failure(error: sqlite3.Error, path: Path) -> FsmountError:
     """The error of ours for what SQLite says of the file; damage is looked into when it is opened next."""
+    if _code(error) in _BUSY:
+        return Busy(f"another process has locked {path}", remedy=_BUSY_REMEDY)
     if _is_damage(error):
         with suppress(OSError):
             _suspicion(path).touch()
@@ -196,11 +214,16 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 class State:
-    """A connection to the file, for one thread at a time. All methods raise FsmountError, NoSpace."""
+    """A connection to the file, for one thread at a time. All methods raise FsmountError, NoSpace, Busy.
+
+    When a write has waited for another process in vain, those after it do not, until one succeeds: there may be
+    hundreds in a row, and all of them on the event loop.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._connection = connect(path)
+        self._is_patient = True
 
     def close(self) -> None:
         self._connection.close()
@@ -215,7 +238,7 @@ class State:
 
     def write(self, statement: str, *values: object) -> int:
         """Changes something; returns the number of the last row that was inserted."""
-        with self._errors():
+        with self._writing():
             return self._connection.execute(statement, values).lastrowid or 0
 
     def write_many(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
@@ -226,8 +249,24 @@ class State:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """What no other process may see half of, or do meanwhile."""
-        with self._errors(), transaction(self._connection):
+        with self._writing(), transaction(self._connection):
             yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._errors():
+                yield
+        except Busy:
+            self._be_patient(False)
+            raise
+        self._be_patient(True)
+
+    def _be_patient(self, is_patient: bool) -> None:
+        if is_patient != self._is_patient:
+            self._is_patient = is_patient
+            with self._errors():
+                _set_patience(self._connection, _PATIENCE_MILLISECONDS if is_patient else 0)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -2,19 +2,24 @@
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
 from fsmount.cache import state
+from fsmount.errors import Busy
 from fsmount.oci.digest import Digest
 
 #: Paths of one app, at most; of more, those go first that were missed most often, then those read longest ago.
 MOST_PATHS = 20_000
 #: A path that so many recordings in a row have missed is forgotten.
 _FORGOTTEN_AFTER = 3
+#: How long saving waits for another process, and how often it looks; nobody else waits meanwhile.
+_BUSY_SECONDS = 3.0
+_LOOK_SECONDS = 0.05
 
 #: What a path showed when it was last read: the number of a layer, and a member of it.
 Shown: TypeAlias = tuple[int, int]
@@ -58,13 +63,32 @@ class WarmSets:
         origin: str,
         read: Mapping[bytes, Shown],
         *,
-        missed: Iterable[bytes] = (),
+        missed: Collection[bytes] = (),
         digest: Digest | None = None,
     ) -> None:
         """Adds what a recording saw read, and counts what it missed.
 
         digest: of what was recorded, if that was the whole of a recording. Takes up to 50 ms, in which others wait.
+        For worker threads. Raises: Busy.
         """
+        until = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._save(app, origin, read, missed, digest)
+                return
+            except Busy:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(_LOOK_SECONDS)
+
+    def _save(
+        self,
+        app: str,
+        origin: str,
+        read: Mapping[bytes, Shown],
+        missed: Collection[bytes],
+        digest: Digest | None,
+    ) -> None:
         with self._transaction() as connection:
             execute, execute_many = connection.execute, connection.executemany
             execute("INSERT OR IGNORE INTO warm_apps (app, origin) VALUES (?, ?)", (app, origin))

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TypeVar
 
 from fsmount.archive.entry import EntryType
@@ -13,7 +14,7 @@ from fsmount.archive.paths import MAX_NAME
 from fsmount.cache.numbers import Numbers
 from fsmount.catalog import VIEW_ROOT, App, Catalog, View
 from fsmount.catalog import Content as Shown
-from fsmount.errors import NotFound
+from fsmount.errors import Busy, NoSpace, NotFound
 from fsmount.fuse.inodes import (
     ROOT,
     Content,
@@ -83,7 +84,11 @@ class Operations:
             return self._lookup_tag(self._catalog.apps[path], text)
         if text not in self._catalog.folders[path]:
             return absent(SOON)
-        return self._folder_attributes(f"{path}/{text}" if path else text)
+        known = partial(self._folder_attributes, f"{path}/{text}" if path else text)
+        try:
+            return known()
+        except (Busy, NoSpace):  # it has no number yet
+            return self._numbers.when_possible(known)
 
     async def _lookup_tag(self, app: App, name: str) -> Attributes:
         try:
@@ -162,7 +167,8 @@ class Operations:
                 # Who lists it has not looked into it.
                 attributes = self._view_attributes(await self._catalog.view(app, name, is_used=False))
             else:
-                attributes = self._folder_attributes(f"{path}/{name}" if path else name)
+                known = partial(self._folder_attributes, f"{path}/{name}" if path else name)
+                attributes = await self._numbers.when_possible(known)
             if not listing.add(os.fsencode(name), attributes, offset):
                 break
         return listing.finish()

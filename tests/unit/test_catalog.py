@@ -1,6 +1,7 @@
 """Apps, tags and views: asked once for many, known for ever, and looked after in the background."""
 
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
@@ -676,3 +677,24 @@ async def test_a_name_whose_view_became_void_while_the_disk_was_full_opens_when_
             again = await catalog.view(web, tag)
             assert again is not view, "the kernel keeps the names in the old one"
             assert await names(await catalog.content(again)) == [b"dist"]
+
+
+async def test_a_tag_opens_as_soon_as_another_process_of_the_cache_has_written(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    async with open_layers(tmp_path) as layers:
+        catalog = Catalog([web := app(source)], layers, layers.nursery)
+        await catalog.tags(web)
+        with closing(sqlite3.connect(tmp_path / "state.sqlite", isolation_level=None)) as other:
+            found: list[list[bytes]] = []
+
+            async def look() -> None:
+                found.append(await names(await catalog.content(await catalog.view(web, "v1"))))
+
+            async with trio.open_nursery() as nursery:
+                other.execute("BEGIN IMMEDIATE")
+                nursery.start_soon(look)
+                await trio.sleep(0.2)
+                assert found == []
+                other.execute("COMMIT")
+        assert found == [[b"dist"]]

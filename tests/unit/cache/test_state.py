@@ -4,15 +4,19 @@ import logging
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fsmount.cache import state
 from fsmount.cache.numbers import Numbers, ViewRecord
 from fsmount.cache.warmsets import WarmSets
-from fsmount.errors import FsmountError
+from fsmount.errors import Busy, FsmountError, NoSpace
 from fsmount.oci.digest import Digest
 
 ONE = Digest.of(b"1")
@@ -159,3 +163,107 @@ def test_processes_that_begin_a_file_at_the_same_time_get_the_same_one(
     said = {process.communicate(timeout=60)[0] for process in processes}
     assert len(said) == 1 and len(said.pop().splitlines()) == 20
     assert {process.returncode for process in processes} == {0}
+
+
+# -------------------- while another process is in the middle of a write
+
+
+@pytest.fixture
+def other(path: Path) -> Iterator[sqlite3.Connection]:
+    """A process that was stopped in the middle of a write; what it commits, it goes on from."""
+    Numbers(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+
+
+def test_who_cannot_write_because_another_process_does_is_not_told_to_remove_anything(
+    path: Path, other: sqlite3.Connection
+) -> None:
+    with closing(Numbers(path)) as numbers, pytest.raises(Busy, match=r"state\.sqlite") as caught:
+        numbers.folder("web")
+    assert caught.value.remedy is not None and "remove" not in caught.value.remedy
+    assert not path.with_name("state.sqlite.suspect").exists()
+
+
+async def test_who_can_wait_for_another_process_does_and_holds_up_nobody(
+    path: Path, other: sqlite3.Connection
+) -> None:
+    got: list[int] = []
+
+    async def give() -> None:
+        got.append(await numbers.when_possible(lambda: numbers.folder("web")))
+
+    with closing(Numbers(path)) as numbers:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(give)
+            await wait_all_tasks_blocked()
+            assert got == []
+            other.execute("COMMIT")
+        assert got == [numbers.folder("web")]
+
+
+async def test_who_waits_for_another_process_does_not_do_so_for_ever(
+    path: Path, other: sqlite3.Connection, autojump_clock: MockClock
+) -> None:
+    with closing(Numbers(path)) as numbers, trio.fail_after(30), pytest.raises(Busy):
+        await numbers.when_possible(lambda: numbers.folder("web"))
+
+
+def test_only_the_first_of_many_writes_in_a_row_waits_for_another_process(
+    path: Path, other: sqlite3.Connection
+) -> None:
+    waits: list[int] = []
+
+    def write() -> None:
+        (milliseconds,) = numbers._state.rows("PRAGMA busy_timeout")[0]
+        waits.append(milliseconds)
+        numbers.folder("web")
+
+    with closing(Numbers(path)) as numbers:
+        for _ in range(3):
+            with pytest.raises(Busy):
+                write()
+        other.execute("COMMIT")
+        for _ in range(2):
+            write()
+    assert waits[0] == waits[-1] > 0 and waits[1:4] == [0, 0, 0]
+    assert waits[0] <= 200, "the event loop stands still meanwhile"
+
+
+async def test_a_recording_is_saved_when_another_process_has_written(
+    path: Path, other: sqlite3.Connection
+) -> None:
+    with closing(WarmSets(path)) as sets:
+        async with trio.open_nursery() as nursery:
+            save = partial(sets.save, "web", "origin", {b"bin": (1, 5)})
+            nursery.start_soon(trio.to_thread.run_sync, save)
+            await trio.sleep(0.3)
+            assert not sets.is_recorded("web", "origin", ONE), "who reads meanwhile does not wait"
+            other.execute("COMMIT")
+        assert sets.paths("web", "origin") == {b"bin": (1, 5)}
+
+
+# -------------------- when others have filled the disk
+
+
+async def test_room_is_made_for_what_the_disk_has_none_for(path: Path) -> None:
+    with closing(Numbers(path)) as numbers:
+        freed: list[int] = []
+        numbers.make_room = freed.append
+
+        def write() -> int:
+            if not freed:
+                raise NoSpace("no space left for state.sqlite")
+            return numbers.folder("web")
+
+        assert await numbers.when_possible(write) == 1
+        assert len(freed) == 1
+
+
+async def test_it_is_no_space_when_no_room_can_be_made(path: Path) -> None:
+    def write() -> int:
+        raise NoSpace("no space left for state.sqlite")
+
+    with closing(Numbers(path)) as numbers, pytest.raises(NoSpace):
+        await numbers.when_possible(write)
