@@ -1,6 +1,6 @@
 """extract: the process that writes a snapshot's files; it only knows descriptors, names and numbers.
 
-Started as `python -m fsmount.extract FD`: FD is a stream socket, and the first descriptor it brings is the root
+Started as `python -P -m fsmount.extract FD`: FD is a stream socket, and the first descriptor it brings is the root
 folder of the destination. Making files costs more CPU time than inflating them, so that a snapshot uses a process
 per core. Only the standard library is imported: it starts in 30 ms.
 """

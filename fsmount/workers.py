@@ -56,7 +56,8 @@ async def start_workers(root: int) -> AsyncIterator[Workers]:
 async def _serve(batches: trio.MemoryReceiveChannel[Batch], root: int, workers: Workers) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, "-m", "fsmount.extract", str(theirs.fileno())]
+        # -P: no module is taken from the current folder, which may be anybody's.
+        command = [sys.executable, "-P", "-m", "fsmount.extract", str(theirs.fileno())]
         # In a group of its own: Ctrl-C is for us, and their end before ours would look like a failure.
         process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0

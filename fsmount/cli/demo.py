@@ -68,7 +68,7 @@ class _Tour:
         self._folder = folder
         shims = folder / "bin"
         shims.mkdir()
-        (shims / "fsmount").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m fsmount "$@"\n')
+        (shims / "fsmount").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m fsmount "$@"\n')
         (shims / "fsmount").chmod(0o755)
         self._environment = {
             **os.environ,

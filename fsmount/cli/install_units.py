@@ -105,7 +105,8 @@ def _program(name: str, module: str) -> list[str]:
     for folder in folders:
         if os.access(folder / name, os.X_OK):
             return [str(folder / name)]
-    return [sys.executable, "-m", module]
+    # -P: no module is taken from the current folder, which may be anybody's.
+    return [sys.executable, "-P", "-m", module]
 
 
 def _as_systemd_has_it(command: list[str]) -> str:

@@ -113,7 +113,7 @@ def publish(builds: Builds, layout: Path, host: str, config: Path) -> None:
         for tag in tags:
             push(layout, f"{app}-{tag}", host, f"team/{app}", as_tag=tag)
     words = ("index", f"{host}/team/soci:v1", "--push", "--min-size", "100000", "--config", config)
-    command = [sys.executable, "-m", "fsmount", *map(str, words)]
+    command = [sys.executable, "-P", "-m", "fsmount", *map(str, words)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 

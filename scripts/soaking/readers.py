@@ -255,7 +255,7 @@ def take_snapshots(reader: Reader) -> None:
         source = f"{root.parent.name}:{root.name}"
         with TemporaryDirectory(prefix="snapshot-", dir=reader.task.folder) as folder:
             there = Path(folder, "there")
-            words = (sys.executable, "-m", "fsmount", "snapshot", source, there, "--config", config)
+            words = (sys.executable, "-P", "-m", "fsmount", "snapshot", source, there, "--config", config)
             begin = time.monotonic()
             if reader.run("snapshot", words, codes=codes) is not None:
                 found = {path for path in there.rglob("*") if path.is_file() and not path.is_symlink()}

@@ -57,12 +57,12 @@ class Subject:
 
     def processes(self) -> list[Process]:
         """All that serve the mount or keep it: those that were started with its mount point."""
-        wanted = [b"-m", b"fsmount", b"mount", os.fsencode(self.point)]
+        wanted = [b"-P", b"-m", b"fsmount", b"mount", os.fsencode(self.point)]
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 with suppress(OSError, IndexError):  # it has ended
-                    if (folder / "cmdline").read_bytes().split(b"\0")[1:5] == wanted:
+                    if (folder / "cmdline").read_bytes().split(b"\0")[1:6] == wanted:
                         fields = (folder / "stat").read_text().rpartition(")")[2].split()
                         if fields[0] != "Z":
                             found.append(Process(int(folder.name), int(fields[1])))
@@ -86,7 +86,7 @@ class Subject:
 
     def say(self, *words: str | Path, seconds: float = 60) -> str:
         """What a command of the program prints. Raises: Broken."""
-        command = [sys.executable, "-m", "fsmount", *map(str, words)]
+        command = [sys.executable, "-P", "-m", "fsmount", *map(str, words)]
         try:
             done = subprocess.run(
                 command,

@@ -57,7 +57,7 @@ def _extracting(root: Path) -> Iterator[_Extractor]:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fsmount.extract", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "fsmount.extract", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
             umask=0o077,

@@ -162,7 +162,7 @@ def test_the_units_name_the_installed_program_by_its_absolute_path(install, mach
     for line in lines:
         program, *words = shlex.split(line)
         assert Path(program).is_absolute()
-        modules = ["-m", "fsmount"] if Path(program).name.startswith("python") else []
+        modules = ["-P", "-m", "fsmount"] if Path(program).name.startswith("python") else []
         done = subprocess.run(
             [program, *modules, words[len(modules)], "--help"], capture_output=True, text=True
         )
@@ -183,7 +183,7 @@ def test_a_program_that_pip_has_not_installed_is_named_by_its_module(install, ma
     monkeypatch.setattr(installer.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(sys, "executable", "/opt/python/bin/python3")
     install()
-    assert commands(machine)["ExecStart"] == "/opt/python/bin/python3 -m fsmount mount --foreground"
+    assert commands(machine)["ExecStart"] == "/opt/python/bin/python3 -P -m fsmount mount --foreground"
 
 
 def test_spaces_and_percent_signs_in_its_path_are_as_systemd_wants_them(
