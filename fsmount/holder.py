@@ -14,7 +14,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,17 +31,16 @@ from fsmount.fuse.protocol import (
     reply,
     resend,
 )
+from fsmount.program import PROGRAM
 
 log = logging.getLogger(__name__)
 
-#: This program, as it is installed.
-PROGRAM = (sys.executable, "-m", "fsmount")
-#: Names what is handed over to the program that takes this one's place, which is a newer one.
-_HANDED = "FSMOUNT_HANDED"
 
 _WATCHDOG_SECONDS = 30.0
 #: What a process that is told to end, or shows by a signal where it is stuck, may take until it is killed.
 _GRACE_SECONDS = 20.0
+#: What is heard in one go, and answered in one go while no process serves.
+_MOST_AT_ONCE = 64
 _ABORT_SECONDS = 3.0
 #: What a process may take until it serves. Readers wait as long.
 _START_SECONDS = 60.0
@@ -86,7 +84,7 @@ class Holder:
         self._due: float | None = time.monotonic()
         self._is_refusing = False
         self._selector = selectors.DefaultSelector()
-        handed = environ.pop(_HANDED, None)
+        handed = environ.pop(notify.HANDED, None)
         if handed is None:
             self._listener = notify.listen()
         else:
@@ -98,6 +96,8 @@ class Holder:
         The exit code is the command's. SIGTERM and SIGINT unmount; SIGHUP is passed on; SIGUSR2 has the program as it
         is installed now take over, here and in the worker.
         """
+        # Where it is ignored, which is inherited, nobody can wait for a child.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.register(self._listener, selectors.EVENT_READ, self._hear)
         with self._signals() as told:
             self._selector.register(told, selectors.EVENT_READ, lambda: self._obey(told))
@@ -108,9 +108,11 @@ class Holder:
                 except Exception:
                     # Who keeps a mount for others must outlive its own mistakes, as init does.
                     log.exception("the holder failed in a way nobody foresaw, and goes on")
+                    if self._worker is None and self._due is None and not self._is_stopping:
+                        self._due = time.monotonic()
                     time.sleep(_MISHAP_SECONDS)
         self._selector.close()
-        self._listener.close()
+        notify.remove(self._listener)
         return code
 
     def _turn(self) -> int | None:
@@ -144,7 +146,6 @@ class Holder:
     # The worker
 
     def _start(self) -> None:
-        self._due = None
         self._stop_refusing()
         names = [name for name, descriptor in self._stored.items() if stored.is_whole(descriptor)]
         for name in self._stored.keys() - set(names):
@@ -157,7 +158,13 @@ class Holder:
             # The first worker says for itself that it is ready, or why it never will be.
             del self._environ["FSMOUNT_READY_FD"]
             os.close(int(announced))
-        self._adopt(pid)
+        try:
+            self._adopt(pid)
+        except OSError:
+            _signal(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        self._due = None
 
     def _adopt(self, pid: int, *, is_ready: bool = False) -> None:
         now = time.monotonic()
@@ -165,7 +172,10 @@ class Holder:
         self._selector.register(self._worker.pidfd, selectors.EVENT_READ)
 
     def _hear(self) -> None:
-        while (message := notify.receive(self._listener)) is not None:
+        for _ in range(_MOST_AT_ONCE):
+            message = notify.receive(self._listener)
+            if message is None:
+                return
             worker = self._worker
             if worker is None or message.pid != worker.pid:
                 for descriptor in message.descriptors:
@@ -184,12 +194,10 @@ class Holder:
                 self._failures = 0
 
     def _bury(self, worker: _Worker) -> int | None:
-        _, status = os.waitpid(worker.pid, 0)
         self._selector.unregister(worker.pidfd)
         os.close(worker.pidfd)
         self._worker = None
-        code = os.waitstatus_to_exitcode(status)
-        code = 128 - code if code < 0 else code
+        code = _exit_code(worker.pid)
         device = self._device
         if device is None:
             return code
@@ -258,32 +266,38 @@ class Holder:
             os.close(writing)
 
     def _obey(self, told: int) -> None:
+        worker, numbers = self._worker, os.read(told, 4096)
+        ending = next((n for n in numbers if n in (signal.SIGTERM, signal.SIGINT)), None)
+        if ending is not None:
+            self._stop(signal.Signals(ending))
+            return
+        if signal.SIGHUP in numbers and worker is not None:
+            _signal(worker.pid, signal.SIGHUP)
+        if signal.SIGUSR2 in numbers and not self._is_stopping:
+            self._upgrade(told)
+
+    def _stop(self, number: signal.Signals) -> None:
         worker = self._worker
-        for number in os.read(told, 4096):
-            if number in (signal.SIGTERM, signal.SIGINT):
-                self._is_stopping = True
-                self._due = None
-                if worker is None:
-                    self._unmount()
-                else:
-                    _signal(worker.pid, signal.Signals(number))
-                    worker.ends = time.monotonic() + _GRACE_SECONDS
-            elif number == signal.SIGHUP and worker is not None:
-                _signal(worker.pid, signal.SIGHUP)
-            elif number == signal.SIGUSR2:
-                self._upgrade()
+        self._is_stopping = True
+        self._due = None
+        if worker is None:
+            self._unmount()
+        else:
+            _signal(worker.pid, number)
+            worker.ends = time.monotonic() + _GRACE_SECONDS
 
     def _unmount(self) -> None:
         """For when no worker does."""
         self._stop_refusing()
-        for name in filter(stored.is_device, self._stored):
-            mount = stored.mount_of(name)
+        for name, descriptor in self._stored.items():
+            is_there = stored.is_device(name) and stored.is_whole(descriptor)
+            mount = stored.mount_of(name) if is_there else None
             if mount is not None:
                 mounts.detach(mount)
 
     # A newer program
 
-    def _upgrade(self) -> None:
+    def _upgrade(self, told: int) -> None:
         """Has the program as it is installed now take this one's place, and then its worker the worker's."""
         try:
             done = subprocess.run(
@@ -305,11 +319,17 @@ class Holder:
         for descriptor in (self._listener.fileno(), *self._stored.values()):
             os.set_inheritable(descriptor, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        with suppress(BlockingIOError):
+            # What came meanwhile is in a pipe that ends here.
+            if {signal.SIGTERM, signal.SIGINT} & set(os.read(told, 4096)):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+                self._stop(signal.SIGTERM)
+                return
         try:
             os.execve(
                 PROGRAM[0],
                 self._command,  # whose arguments need no configuration to be found
-                {**self._environ, _HANDED: json.dumps(handed)},
+                {**self._environ, notify.HANDED: json.dumps(handed)},
             )
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -326,7 +346,10 @@ class Holder:
         if isinstance(pid, int):
             self._adopt(pid, is_ready=bool(handed["is_ready"]))
             self._due = None
-            _signal(pid, signal.SIGUSR2)
+            # One that has not begun to serve has not begun to listen either.
+            if self._worker is not None and self._worker.is_ready:
+                _signal(pid, signal.SIGUSR2)
+                self._worker.ends = time.monotonic() + _GRACE_SECONDS
         return listener
 
     # Nobody serves
@@ -372,6 +395,8 @@ def _execute(
         aside = [_duplicate_above(descriptor, last) for descriptor in wanted]
         for number, descriptor in enumerate(aside, notify.FIRST_DESCRIPTOR):
             os.dup2(descriptor, number, inheritable=True)
+        # Until it listens, it is not to die of being told to read its configuration again.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.execve(command[0], list(command), given)
     except BaseException as error:
@@ -394,7 +419,19 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _is_over(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _exit_code(pid: int) -> int:
+    """That of a child that has ended, as a shell gives it."""
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:  # somebody else was told
+        return 1
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
 
 
 def _manner(code: int) -> str:
@@ -408,7 +445,7 @@ def _manner(code: int) -> str:
 def _refuse(device: int) -> None:
     """Answers what has come from a mounted device: EIO."""
     buffer = bytearray(BUFFER_SIZE)
-    while True:
+    for _ in range(_MOST_AT_ONCE):
         try:
             os.readv(device, [buffer])
         except BlockingIOError:

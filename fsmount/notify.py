@@ -10,8 +10,11 @@ import logging
 import os
 import socket
 import struct
+import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +29,18 @@ _PATIENCE_SECONDS = 2.0
 _LARGEST_MESSAGE = 4096
 _MOST_DESCRIPTORS = 16
 _CREDENTIALS = struct.Struct("=iII")
+#: Hands over from a holder to the program that takes its place.
+HANDED = "FSMOUNT_HANDED"
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 # -------------------- the service
+
+
+def without_service(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child that is no service of whoever started this process."""
+    ours = {*_VARIABLES, HOLDER, LAST_DEATH, HANDED}
+    return {name: value for name, value in environ.items() if name not in ours}
 
 
 class Service:
@@ -124,18 +135,33 @@ class Message:
 
 
 def listen() -> socket.socket:
-    """A socket to be told at, without a name in the file system: nothing is left of it when this process ends."""
+    """A socket to be told at, in a folder of its own; see `remove`.
+
+    An abstract address would need no folder, but everybody may send to it: a descriptor, too, whose closing takes as
+    long as its sender likes.
+    """
+    places = [Path("/run/fsmount"), Path(f"/run/user/{os.geteuid()}"), Path("/tmp")]
+    place = next((place for place in places if os.access(place, os.W_OK)), None)
+    folder = Path(tempfile.mkdtemp(prefix="notify-", dir=place))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    listener.bind("")  # unix(7): an abstract address that nobody has
+    listener.bind(str(folder / "socket"))
     listener.setblocking(False)
     return listener
 
 
 def address_of(listener: socket.socket) -> str:
     """As NOTIFY_SOCKET spells it."""
-    name = listener.getsockname()
-    return "@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else name.replace("\0", "@", 1)
+    return str(listener.getsockname())
+
+
+def remove(listener: socket.socket) -> None:
+    """Closes a socket to be told at, and takes away its folder."""
+    path = Path(address_of(listener))
+    listener.close()
+    with suppress(OSError):
+        path.unlink()
+        path.parent.rmdir()
 
 
 def receive(listener: socket.socket) -> Message | None:

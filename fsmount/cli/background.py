@@ -8,7 +8,6 @@ to announce, it must be handed the descriptor and the variable, and the child mu
 import contextlib
 import os
 import stat
-import sys
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ import click
 from fsmount.cache.folder import from_os_error
 from fsmount.cli.output import printable
 from fsmount.errors import NoSpace
+from fsmount.notify import without_service
+from fsmount.program import PROGRAM
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -29,9 +30,7 @@ _GRACE_SECONDS = 10
 _LOG_LINES = 10
 
 
-def run_in_background(
-    arguments: list[str], log: Path, *, program: tuple[str, ...] = (sys.executable, "-m", "fsmount")
-) -> int:
+def run_in_background(arguments: list[str], log: Path, *, program: tuple[str, ...] = PROGRAM) -> int:
     """Starts fsmount with these arguments in a session of its own, and waits until it is ready or has failed.
 
     The exit code: 0 when the child is ready, and goes on; else the child's own, after its message was printed.
@@ -51,7 +50,9 @@ def run_in_background(
             stderr=output,
             start_new_session=True,
             pass_fds=[ready.fileno()],
-            env={**os.environ, _READY_FD: str(ready.fileno())},
+            # It keeps no folder busy, and is no service of whoever started this command.
+            cwd="/",
+            env={**without_service(os.environ), _READY_FD: str(ready.fileno())},
         )
         ready.close()
         try:

@@ -46,9 +46,12 @@ def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log
         _serve(options, mountpoint, service)
         return
 
-    from fsmount.holder import PROGRAM, Holder
+    from fsmount.fuse import mounts
+    from fsmount.holder import Holder
+    from fsmount.program import PROGRAM
 
-    mountpoint = (mountpoint or options.load().mountpoint).absolute()
+    # Where a link on the way leads now: the mount stays where it is when that changes.
+    mountpoint = mounts.resolve((mountpoint or options.load().mountpoint).absolute())
     command = [*PROGRAM, "mount", str(mountpoint), "--foreground", *options.arguments()]
     raise click.exceptions.Exit(Holder(command).run())
 
@@ -56,13 +59,17 @@ def mount(options: ConfigOptions, mountpoint: Path | None, foreground: bool, log
 def _serve(options: ConfigOptions, mountpoint: Path | None, service: Service) -> None:
     import faulthandler
     import logging
+    import signal
 
     import trio
 
     from fsmount.daemon import Daemon
     from fsmount.fuse.session import Session
+    from fsmount.notify import HOLDER
     from fsmount.succession import Succession
 
+    # Until it is listened to.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Whoever finds this process stuck ends it by SIGABRT: then the log says where it was.
     faulthandler.enable()
     succession = Succession(service)
@@ -76,7 +83,7 @@ def _serve(options: ConfigOptions, mountpoint: Path | None, service: Service) ->
         service.ready()
         announce_ready()
 
-    session = Session(mountpoint, keeper=service)
+    session = Session(mountpoint, keeper=service, is_follower=HOLDER in os.environ)
     trio.run(Daemon(config, options.load, session, service, succession, ready).run)
 
 
@@ -106,6 +113,8 @@ def _load(options: ConfigOptions, last_good: str | None) -> tuple[Config, str]:
 
 
 def _in_background(options: ConfigOptions, mountpoint: Path | None, log_file: Path | None) -> int:
+    from fsmount.fuse.mounts import resolve
+
     # The process in the background finds out about mistakes, and tells; here the configuration is read only for
     # what nobody said: that takes 0.2 s.
     if mountpoint is None or (log_file is None and options.cache is None):
@@ -116,5 +125,5 @@ def _in_background(options: ConfigOptions, mountpoint: Path | None, log_file: Pa
         assert options.cache is not None
         log_file = options.cache / "log" / "mount.log"
     return run_in_background(
-        ["mount", str(mountpoint.absolute()), "--foreground", *options.arguments()], log_file
+        ["mount", str(resolve(mountpoint.absolute())), "--foreground", *options.arguments()], log_file
     )

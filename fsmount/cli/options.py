@@ -45,14 +45,14 @@ class ConfigOptions:
         return find_config(self.path)
 
     def arguments(self) -> list[str]:
-        """The same options for another process of the same command."""
+        """The same options for another process of the same command, in whichever folder it is."""
         words: list[str] = []
         if self.path is not None:
             words += ["--config", str(self.path.absolute())]
         if self.cache is not None:
             words += ["--cache", str(self.cache.absolute())]
         for name, repository in self.apps.items():
-            words += ["--app", f"{name}={repository}"]
+            words += ["--app", f"{name}={_absolute(repository)}"]
         return words
 
     def load(self) -> Config:
@@ -97,6 +97,11 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
         command(ConfigOptions(config_path, cache, apps), **others)
 
     return with_options
+
+
+def _absolute(repository: str) -> str:
+    scheme, _, folder = repository.partition("oci-layout:")
+    return repository if scheme or not folder else f"oci-layout:{Path(folder).absolute()}"
 
 
 def _apps(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

@@ -63,7 +63,10 @@ class Session:
     inherits the device and goes on. Without one, the mount ends with the session.
     """
 
-    def __init__(self, mountpoint: Path, *, keeper: Keeper | None = None) -> None:
+    def __init__(self, mountpoint: Path, *, keeper: Keeper | None = None, is_follower: bool = False) -> None:
+        """is_follower: the mount that was inherited is what there is to serve; another is not made in its place when
+        somebody has unmounted it.
+        """
         self.mountpoint = mounts.resolve(mountpoint)
         #: Whether all requests that were taken have been answered when the mount was left.
         self.is_drained = False
@@ -74,6 +77,7 @@ class Session:
         #: What becomes of the mount when `serve` is cancelled or fails.
         self.ending = Ending.UNMOUNT if keeper is None else Ending.LEAVE
         self._keeper = keeper
+        self._is_follower = is_follower
         #: The name by which it keeps the device.
         self._stored = ""
         self._leave = trio.Event()
@@ -120,16 +124,18 @@ class Session:
             if connection is None:
                 if await trio.to_thread.run_sync(mounts.prepare, self.mountpoint, limiter=probes):
                     log.warning("cleared the dead mount of an earlier run at %s", self.mountpoint)
-                connection = await _mount(self.mountpoint, options)
+                mount, device = await _mount(self.mountpoint, options)
+                connection = _Connection(mount, device)
             with self._connected(connection):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._answer, connection.device, handlers, deadlines, tally, nursery)
                     if not self.is_inherited:
-                        await _wait_until_answering(connection.mount, probes)
+                        await _wait_until_answering(mount, probes)
                         if not mounts.set_read_ahead(self.mountpoint, read_ahead_kib):
                             log.info("the read-ahead of %s stays at the kernel's default", self.mountpoint)
                         if self._keeper is not None:
-                            self._store(self._keeper, connection)
+                            self._stored = stored.name_of(mount, self.numbers or "")
+                            self._keeper.store(self._stored, device)
                     ready = True
                     task_status.started()
         if not ready:
@@ -161,7 +167,10 @@ class Session:
         nursery.cancel_scope.cancel()
 
     def _inherit(self, *, is_drained: bool) -> "_Connection | None":
-        """The mount of an earlier process, if it is there and can be gone on with."""
+        """The mount of an earlier process, if it is there and can be gone on with.
+
+        Raises: NotRunning (see is_follower).
+        """
         keeper = self._keeper
         names = [name for name in keeper.inherited if stored.is_device(name)] if keeper is not None else []
         found: _Connection | None = None
@@ -169,9 +178,12 @@ class Session:
             assert keeper is not None
             device = keeper.inherited.pop(name)
             # The number of a mount that is gone may be another's by now.
-            mount = stored.mount_of(name) if stored.is_whole(device) else None
-            is_wanted = mount is not None and mount.mountpoint == self.mountpoint
-            if mount is not None and is_wanted and stored.is_agreed(name, self.numbers):
+            is_whole = stored.is_whole(device)
+            mount = stored.mount_of(name) if is_whole else None
+            # What was unmounted lazily is still asked by those who have something of it open.
+            is_orphan = is_whole and mount is None and self._is_follower
+            is_wanted = is_orphan or (mount is not None and mount.mountpoint == self.mountpoint)
+            if is_wanted and stored.is_agreed(name, self.numbers):
                 os.set_blocking(device, False)
                 if is_drained or _resend(device):
                     found, self._stored = _Connection(mount, device), name
@@ -193,12 +205,10 @@ class Session:
             if mount is not None:
                 mounts.detach(mount)
             os.close(device)
+            if mount is None and self._is_follower:
+                raise NotRunning(f"{self.mountpoint} was unmounted while nobody served it")
         self.is_inherited = found is not None
         return found
-
-    def _store(self, keeper: Keeper, connection: "_Connection") -> None:
-        self._stored = stored.name_of(connection.mount, self.numbers or "")
-        keeper.store(self._stored, connection.device)
 
     @contextmanager
     def _connected(self, connection: "_Connection") -> Iterator[None]:
@@ -211,7 +221,8 @@ class Session:
             os.close(connection.device)
             # After a lazy unmount from outside another session may be mounted at this path: that one must stay.
             top = mounts.find(self.mountpoint)
-            if top is not None and top.device == mount.device and self.ending is Ending.UNMOUNT:
+            is_there = mount is not None and top is not None and top.device == mount.device
+            if top is not None and is_there and self.ending is Ending.UNMOUNT:
                 if self._keeper is not None:
                     self._keeper.remove(self._stored)
                 mounts.detach(top)
@@ -230,9 +241,9 @@ def _forget(device: int, inodes: Iterable[int]) -> None:
 
 
 class _Connection(NamedTuple):
-    """A mount, and a descriptor of its device that does not block."""
+    """A mount, None if it has no place any more, and a descriptor of its device that does not block."""
 
-    mount: mounts.Mount
+    mount: mounts.Mount | None
     device: int
 
 
@@ -244,8 +255,10 @@ def _resend(device: int) -> bool:
     return True
 
 
-async def _mount(mountpoint: Path, options: set[str]) -> _Connection:
+async def _mount(mountpoint: Path, options: set[str]) -> tuple[mounts.Mount, int]:
     """Has libfuse mount, and agree with the kernel on what both can do; what follows is not for libfuse.
+
+    The mount, and a descriptor of its device that does not block.
 
     Raises: Refused, NotRunning (it was unmounted at once).
     """
@@ -263,7 +276,7 @@ async def _mount(mountpoint: Path, options: set[str]) -> _Connection:
         is_agreed = mount is not None and await _negotiate(device, libfuse_s)
         if mount is None or not is_agreed:
             raise NotRunning(f"{mountpoint} was unmounted at once")
-        return _Connection(mount, device)
+        return mount, device
     finally:
         pyfuse3.close(unmount=False)
         if not is_agreed:

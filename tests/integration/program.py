@@ -87,8 +87,8 @@ def take_down(mountpoint: Path) -> None:
 
 def daemons(mountpoint: Path) -> list[int]:
     """The processes that serve a mount there, or are about to, and those that hold it."""
-    words = [b"-m", b"fsmount", b"mount", os.fsencode(mountpoint)]
-    return [pid for pid, line in _processes() if line[1:5] == words]
+    words = [b"-m", b"fsmount", b"mount", os.fsencode(mounts.resolve(mountpoint))]
+    return [pid for pid, line in _processes() if [word for word in line if word != b"-P"][1:5] == words]
 
 
 def daemon(mountpoint: Path) -> int:

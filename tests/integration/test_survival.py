@@ -18,6 +18,7 @@ from random import Random
 
 import pytest
 
+from fsmount import notify
 from fsmount.fuse import mounts
 from tests import peers
 from tests.fakes.front import CountingProxy, Fault
@@ -30,6 +31,7 @@ from tests.integration.program import (
     fsmount,
     holder,
     mounted,
+    take_down,
     wait_until,
 )
 
@@ -224,6 +226,93 @@ def test_an_upgrade_waits_for_the_process_that_follows_one_that_has_just_died(wo
         os.kill(daemon(mountpoint), signal.SIGKILL)
         fsmount("upgrade", mountpoint, cache=work / "cache")
         assert os.listdir(mountpoint / "app") == ["v1"]
+
+
+def test_what_was_unmounted_while_nobody_served_it_stays_unmounted(work: Path, app: str) -> None:
+    with mounted(work, app) as mountpoint:
+        os.kill(daemon(mountpoint), signal.SIGKILL)
+        fsmount("unmount", mountpoint, cache=work / "cache")
+        assert wait_until(lambda: not daemons(mountpoint))
+        assert mounts.find(mountpoint) is None
+
+
+def test_who_has_a_file_open_of_a_mount_that_was_taken_away_lazily_reads_on(work: Path, app: str) -> None:
+    with mounted(work, app) as mountpoint:
+        with (mountpoint / "app/v1/folder/file19").open("rb", buffering=0) as file:
+            fsmount("unmount", "--lazy", mountpoint, cache=work / "cache")
+            before = daemon(mountpoint)
+            os.kill(before, signal.SIGKILL)
+            assert wait_until(lambda: len(daemons(mountpoint)) == 2 and daemon(mountpoint) != before)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(file.fileno(), 1000, 900_000) == _FILES["file19"][900_000:901_000]
+            assert mounts.find(mountpoint) is None
+        assert wait_until(lambda: not daemons(mountpoint))
+
+
+def test_a_link_on_the_way_to_the_mount_point_may_be_switched(work: Path, app: str) -> None:
+    for name in ("one", "two"):
+        (work / name / "mnt").mkdir(parents=True)
+    link = work / "link"
+    link.symlink_to("one")
+    mountpoint = work / "one/mnt"
+    try:
+        fsmount("mount", link / "mnt", "--app", app, cache=work / "cache")
+        with (mountpoint / "app/v1/folder/file19").open("rb", buffering=0) as file:
+            link.unlink()
+            link.symlink_to("two")
+            kill(mountpoint)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(file.fileno(), 10, 0) == _FILES["file19"][:10]
+    finally:
+        take_down(mountpoint)
+
+
+def test_no_process_takes_packages_from_the_folder_where_the_command_was_given(work: Path, app: str) -> None:
+    poisoned = work / "poisoned"
+    poisoned.mkdir()
+    for name in ("trio", "h11", "httpx", "pydantic"):
+        (poisoned / f"{name}.py").write_text(f"open({str(work / 'bitten')!r}, 'w')\nraise SystemExit(9)\n")
+    mountpoint = work / "mnt"
+    mountpoint.mkdir()
+    script = Path(sys.executable).with_name("fsmount")
+    try:
+        subprocess.run(
+            [script, "mount", mountpoint, "--app", app],
+            env=environment(work / "cache"),
+            cwd=poisoned,
+            check=True,
+        )
+        kill(mountpoint)
+        assert os.readlink(f"/proc/{holder(mountpoint)}/cwd") == "/"
+        assert not (work / "bitten").exists()
+    finally:
+        take_down(mountpoint)
+
+
+def test_a_mount_in_the_background_is_no_service_of_whoever_gave_the_command(work: Path, app: str) -> None:
+    mountpoint = work / "mnt"
+    mountpoint.mkdir()
+    with notify.listen() as agent:
+        environ = {**environment(work / "cache"), "NOTIFY_SOCKET": notify.address_of(agent)}
+        try:
+            subprocess.run(command("mount", mountpoint, "--app", app), env=environ, check=True)
+            kill(mountpoint)
+            assert os.listdir(mountpoint / "app") == ["v1"]
+            assert notify.receive(agent) is None
+        finally:
+            take_down(mountpoint)
+            notify.remove(agent)
+
+
+def test_being_told_to_reload_before_it_serves_kills_no_process(work: Path, app: str) -> None:
+    with mounted(work, app) as mountpoint:
+        before = daemon(mountpoint)
+        os.kill(before, signal.SIGKILL)
+        assert wait_until(lambda: len(daemons(mountpoint)) == 2 and daemon(mountpoint) != before)
+        following = daemon(mountpoint)
+        os.kill(holder(mountpoint), signal.SIGHUP)
+        assert os.listdir(mountpoint / "app") == ["v1"]
+        assert daemon(mountpoint) == following
 
 
 def test_the_next_process_goes_by_the_configuration_of_before_when_the_present_one_is_not_good(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,15 +24,23 @@ sys.exit(holder.Holder(command).run())
 """
 
 
+def _ignore(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+
+
 class Held:
     """A holder that runs, and what its workers have written."""
 
-    def __init__(self, folder: Path, plan: str) -> None:
+    def __init__(self, folder: Path, plan: str, *, ignored: signal.Signals | None = None) -> None:
         self.folder = folder
         os.mkfifo(folder / "device")
         self.device = os.open(folder / "device", os.O_RDONLY | os.O_NONBLOCK)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _HOLDER, folder, plan], cwd=_ROOT, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", _HOLDER, folder, plan],
+            cwd=_ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=None if ignored is None else lambda: _ignore(ignored),
         )
 
     @property
@@ -61,8 +70,8 @@ class Held:
 
 
 @contextmanager
-def held(folder: Path, plan: str) -> Iterator[Held]:
-    holder = Held(folder, plan)
+def held(folder: Path, plan: str, *, ignored: signal.Signals | None = None) -> Iterator[Held]:
+    holder = Held(folder, plan, ignored=ignored)
     try:
         yield holder
     finally:
@@ -154,3 +163,45 @@ def test_what_others_tell_is_not_believed(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", script, address], cwd=_ROOT, check=True)
         os.kill(holder.serving[0], signal.SIGKILL)
         holder.wait(lambda: len(holder.serving) == 2)
+
+
+def test_who_is_started_with_the_ends_of_children_ignored_hears_of_them_all_the_same(tmp_path: Path) -> None:
+    with held(tmp_path, "s", ignored=signal.SIGCHLD) as holder:
+        holder.wait(lambda: holder.serving)
+        os.kill(holder.serving[0], signal.SIGKILL)
+        holder.wait(lambda: len(holder.serving) == 2)
+
+
+def test_sigterm_that_comes_while_a_newer_program_is_tried_is_not_lost(tmp_path: Path) -> None:
+    with held(tmp_path, "s") as holder:
+        holder.wait(lambda: holder.serving)
+        holder.process.send_signal(signal.SIGUSR2)
+        time.sleep(0.05)
+        holder.process.terminate()
+        holder.end()
+        assert [event["signal"] for event in holder.events if "signal" in event] == ["SIGTERM"]
+
+
+def test_a_worker_that_cannot_be_started_for_a_moment_is_started_later(tmp_path: Path) -> None:
+    """As when a limit on processes is reached."""
+    with held(tmp_path, "s") as holder:
+        holder.wait(lambda: holder.serving)
+        pid = holder.process.pid
+        # Nothing can be opened any more, not even what tells of a child's end.
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 4096))
+        os.kill(holder.serving[0], signal.SIGKILL)
+        time.sleep(1.5)
+        assert len(holder.serving) == 1
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (4096, 4096))
+        holder.wait(lambda: len(holder.serving) > 1)
+
+
+def test_nothing_is_left_of_a_holder_s_socket(tmp_path: Path) -> None:
+    with held(tmp_path, "s") as holder:
+        holder.wait(lambda: holder.serving)
+        environ = Path(f"/proc/{holder.serving[0]}/environ").read_bytes().split(b"\0")
+        (path,) = (Path(os.fsdecode(word[14:])) for word in environ if word.startswith(b"NOTIFY_SOCKET="))
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        holder.process.terminate()
+        holder.end()
+        assert not path.parent.exists()
