@@ -59,12 +59,14 @@ class Completer:
         digest = layer.spec.descriptor.digest
         extra = {"layer": digest}
         try:
-            if await layer.has_room():
-                await layer.fill(rate=self.rate)
+            if not await layer.has_room():
+                log.info("layer %s is not completed: the cache has no room for it", digest, extra=extra)
+            elif not await layer.fill(rate=self.rate):
+                log.info("layer %s is not completed: the cache does not take it now", digest, extra=extra)
+            else:
                 self._waiting.pop(layer, None)
                 log.info("layer %s is complete", digest, extra=extra)
                 return
-            log.info("layer %s is not completed: the cache has no room for it", digest, extra=extra)
         except FsmountError as error:
             log.info("layer %s is not completed: %s", digest, error.message, extra=extra)
         except Exception:

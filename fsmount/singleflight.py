@@ -90,7 +90,7 @@ def single_error(kind: type[Exception]) -> Iterator[None]:
         raise error from None
 
 
-async def in_background(what: str, work: Callable[[], Awaitable[None]]) -> None:
+async def in_background(what: str, work: Callable[[], Awaitable[object]]) -> None:
     """Does work that nobody waits for, and whose failure must end nothing: it is logged as a failure of `what`."""
     try:
         await work()

@@ -185,15 +185,14 @@ class Supply(Streamed):
     async def has_room(self) -> bool:
         """Whether what is missing of the layer fits into the cache without evicting anything. Raises: as `fill`."""
         index = await self.wait_complete()
-        chunks = self._means.chunks
-        keys = [self.chunk_key(number) for number in range(len(index.chunks))]
-        stored = await self._means.passes.in_thread(chunks.stored, keys)
+        stored = await self._stored(index)
         missing = sum(chunk.size for chunk, is_here in zip(index.chunks, stored, strict=True) if not is_here)
-        return await self._means.passes.in_thread(lambda: missing <= chunks.room)
+        return await self._means.passes.in_thread(lambda: missing <= self._means.chunks.room)
 
-    async def fill(self, *, rate: float | None = None) -> None:
+    async def fill(self, *, rate: float | None = None) -> bool:
         """Fetches what is not here yet, if the cache can hold it; a layer that was read on a hint is verified then.
 
+        False if something is not here afterwards that could be fetched by itself: the cache does not take it now.
         rate: bytes a second, at most. Raises: Corrupt, Unreachable and other kinds of FsmountError.
         """
         index = await self.wait_complete()
@@ -205,6 +204,12 @@ class Supply(Streamed):
         ):
             await fetcher.complete(rate=rate)
         await self.wait_trusted()
+        # Asked, not concluded: a chunk that the disk did not take was fetched all the same.
+        return self.fetcher is None or all(await self._stored(await self.wait_complete()))
+
+    async def _stored(self, index: LayerIndex) -> list[bool]:
+        keys = [self.chunk_key(number) for number in range(len(index.chunks))]
+        return await self._means.passes.in_thread(self._means.chunks.stored, keys)
 
     # What a layer that is streamed leaves open
 

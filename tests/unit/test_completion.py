@@ -318,6 +318,54 @@ async def test_after_a_failure_there_is_a_pause_and_then_another_attempt(
         assert all(layer.stored_chunks())
 
 
+async def test_a_layer_that_the_disk_does_not_take_is_not_said_to_be_complete_and_completed_when_it_does(
+    tmp_path: Path,
+    mock_clock: MockClock,
+    source: FakeSource,
+    attempts: Attempts,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fsmount.cache.trouble._QUIET_SECONDS", 0.0)
+    spec = bound(source)
+    async with open_layers(tmp_path) as layers, completing(layers) as completer:
+        layer = layers.get(spec, source)
+        await layer.wait_complete()
+        layers.chunks._fail(OSError(5, "Input/output error"))
+        source.ranges.clear()
+        completer.use([layer], Complete.NOW)
+        await passes_by(mock_clock, 5)
+        assert await attempts.ended() is layer
+        assert "the cache does not take it now" in caplog.text and "is complete" not in caplog.text
+        assert source.ranges == [] and not any(layer.stored_chunks())
+        layers.chunks._paused_until = 0.0
+        await layers.chunks._try_again()  # as the store's keeper does, although nothing else is stored
+        await passes_by(mock_clock, 60)
+        assert await attempts.ended() is layer
+        assert all(layer.stored_chunks()) and "is complete" in caplog.text
+
+
+async def test_a_layer_that_the_disk_begins_to_refuse_meanwhile_is_not_said_to_be_complete(
+    tmp_path: Path,
+    mock_clock: MockClock,
+    source: FakeSource,
+    attempts: Attempts,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    async with open_layers(tmp_path) as layers, completing(layers) as completer:
+        layer = layers.get(bound(source), source)
+        await layer.wait_complete()
+        monkeypatch.setattr("fsmount.cache.chunks.write_file", fail)
+        completer.use([layer], Complete.NOW)
+        await passes_by(mock_clock, 5)
+        assert await attempts.ended() is layer
+        assert "the cache does not take it now" in caplog.text and "is complete" not in caplog.text
+
+
 async def test_a_layer_that_fails_holds_up_no_other(
     tmp_path: Path, mock_clock: MockClock, source: FakeSource, attempts: Attempts
 ) -> None:

@@ -146,6 +146,19 @@ async def test_what_is_open_and_evicted_by_others_is_closed_when_nobody_reads_it
         assert store._hot.names() == {"b", "c"}
 
 
+@pytest.mark.usefixtures("rounds")
+async def test_a_fault_that_is_over_is_told_to_be_over_although_nobody_stores_anything(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsmount.cache.trouble._QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("fsmount.cache.chunks._PAUSE_SECONDS", 0.0)
+    with open_chunk_store(folder, size=10**9) as store:
+        store._fail(OSError(5, "Input/output error"))
+        assert store.trouble is not None
+        async with kept(store):
+            await until(lambda: store.trouble is None)
+
+
 # -------------------- what was left behind
 
 
