@@ -213,6 +213,8 @@ class Layer(Supply):
             shown.note_unverified(self._number)
         else:
             shown.note_verified(self._number, index.members)
+        if self._number in shown.unnoted:
+            self._layers.catch_up_later(self)
 
     def note_stream(self, *, has_begun: bool) -> None:
         shown = self._layers.shown
@@ -222,14 +224,16 @@ class Layer(Supply):
             shown.note_stream(self._number, self.stream_numbering)
         else:
             shown.note_nothing(self._number)
+        if self._number in shown.unnoted:
+            self._layers.catch_up_later(self)
 
     def note_all(self) -> None:
-        """What is shown of it is shown by a number that it had not got when that began."""
+        """Notes what is shown of it, which could not be noted, or not by this number, when that began."""
         index = self.index
         if index is not None and index.complete:
             self.note_index(index)
-        elif index is not None:
-            self.note_stream(has_begun=True)
+        else:
+            self.note_stream(has_begun=index is not None or bool(self._shown))
 
     def _check(self, ends: int) -> None:
         """Raises: Corrupt, if what the layer was when that had so often become void has become so too."""
@@ -303,6 +307,8 @@ class Layers:
         self._layers: dict[str, Layer] = {}
         self._by_number: dict[int, Layer] = {}
         self._retired: dict[int, Corrupt] = {}
+        #: Those that are to catch up with what could not be written when it was due.
+        self._behind: set[Layer] = set()
 
     def __iter__(self) -> Iterator[Layer]:
         """Those in use: of every image that was looked into."""
@@ -340,24 +346,32 @@ class Layers:
                 self.shown.note_void(number, members)
         try:
             layer.renew_number()
-        except FsmountError:
-            if number is not None:
-                self.nursery.start_soon(self._number_later, layer)
+        except FsmountError as failure:
+            digest = layer.spec.descriptor.digest
+            log.warning("layer %s has no number until one can be kept: %s", digest, failure.message)
+            self.catch_up_later(layer)
         else:
             self._by_number[layer.number] = layer
         if shown:
             for told in self.on_void:
                 told(layer, error)
 
-    async def _number_later(self, layer: Layer) -> None:
-        log.warning("layer %s has no number until one can be kept", layer.spec.descriptor.digest)
-        while True:
+    def catch_up_later(self, layer: Layer) -> None:
+        """Has it get the number that it has not got, and has noted what could not be noted of it."""
+        if layer not in self._behind:
+            self._behind.add(layer)
+            self.nursery.start_soon(self._catch_up, layer)
+
+    async def _catch_up(self, layer: Layer) -> None:
+        is_behind = True
+        while is_behind:
+            await trio.sleep(_RETRY_SECONDS)
             with suppress(FsmountError):
                 await self.numbers.when_possible(layer.renew_number)
-                break
-            await trio.sleep(_RETRY_SECONDS)
-        self._by_number[layer.number] = layer
-        layer.note_all()
+                self._by_number[layer.number] = layer
+                layer.note_all()
+                is_behind = self.shown is not None and layer.number in self.shown.unnoted
+        self._behind.discard(layer)
 
 
 def _members(layer: Layer) -> int:

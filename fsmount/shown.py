@@ -15,7 +15,7 @@ class Shown:
     """What was shown under the number of a layer, on disk: the next process of the mount has to know it.
 
     It is by which numbering members are told apart, and whether somebody has verified what was shown. A process that
-    cannot write that down, because the disk is full, shows things all the same.
+    cannot write that down, because the disk is full, shows things all the same; whose they are has to try again.
     """
 
     def __init__(self, numbers: Numbers, mount: str) -> None:
@@ -30,6 +30,8 @@ class Shown:
         self._unverified: set[int] = set()
         #: What a pass of this process has begun to show, and nothing before it.
         self._begun: set[int] = set()
+        #: What the next process should know of, and would not.
+        self.unnoted: set[int] = set()
 
     @property
     def left_unverified(self) -> frozenset[int]:
@@ -55,38 +57,41 @@ class Shown:
 
     def note_index(self, number: int, index: LayerIndex) -> None:
         """A complete index is what is shown from now on."""
-        with _noting(number):
+        self.unnoted.discard(number)
+        with self._noting(number):
             self._begun.discard(number)
             self._note_numbering(number, index.numbering)
 
     def note_stream(self, number: int, numbering: str) -> None:
         """A pass begins to show members, and content that nobody has verified."""
-        with _noting(number):
+        self.unnoted.discard(number)
+        with self._noting(number):
             if self._note_numbering(number, numbering):
                 self._begun.add(number)
         self.note_unverified(number)
 
     def note_nothing(self, number: int) -> None:
         """A pass broke off before it has shown anything."""
+        self.unnoted.discard(number)
         if number in self._begun:
             self._begun.discard(number)
             self._unverified.discard(number)
-            with _noting(number):
+            with _told(number):
                 self._numbers.forget_unverified(self._mount, number)
                 self._numbers.keep_numbering(number, None)
 
     def note_unverified(self, number: int) -> None:
         """Content that nobody has verified is shown from now on."""
         if number not in self._left | self._unverified:
-            self._unverified.add(number)
-            with _noting(number):
+            with self._noting(number):
                 self._numbers.note_unverified(self._mount, number)
+                self._unverified.add(number)
 
     def note_verified(self, number: int, members: int) -> None:
         """All of a layer has been verified, and what this process has shown of it was right."""
         if number in self._left | self._unverified:
             self._unverified.discard(number)
-            with _noting(number):
+            with _told(number):
                 self._numbers.forget_unverified(self._mount, number)
         if number in self._left:
             # What a process before this one has shown, nobody can compare.
@@ -101,6 +106,15 @@ class Shown:
         for told in self.on_stale:
             told(number, members)
 
+    @contextmanager
+    def _noting(self, number: int) -> Iterator[None]:
+        with _told(number):
+            try:
+                yield
+            except FsmountError:
+                self.unnoted.add(number)
+                raise
+
     def _note_numbering(self, number: int, numbering: str) -> bool:
         """Whether there was none before."""
         known = self._numbers.numbering(number)
@@ -110,7 +124,7 @@ class Shown:
 
 
 @contextmanager
-def _noting(number: int) -> Iterator[None]:
+def _told(number: int) -> Iterator[None]:
     try:
         yield
     except FsmountError as error:

@@ -10,7 +10,7 @@ import trio
 
 from fsmount.archive.span import Trust
 from fsmount.cache.numbers import Numbers
-from fsmount.errors import Corrupt, FsmountError, NoSpace, Unreachable
+from fsmount.errors import Busy, Corrupt, FsmountError, NoSpace, Unreachable
 from fsmount.layer import Layer, Layers
 from fsmount.lazy import LayerSpec
 from fsmount.oci.manifest import Descriptor
@@ -262,6 +262,26 @@ async def test_a_full_disk_keeps_nobody_from_reading(
         layer = layers.get(LayerSpec(blob), source)
         assert await layer.read_stream(512, 100) == HEAD[:100]
         await layer.wait_complete()
+
+
+@pytest.mark.parametrize("missing", ["note_unverified", "keep_numbering"])
+async def test_what_could_not_be_noted_for_the_next_process_is_noted_later(
+    tmp_path: Path, source: FakeSource, blob: Descriptor, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise Busy("another process has locked state.sqlite")
+
+    monkeypatch.setattr("fsmount.layer._RETRY_SECONDS", 0.01)
+    async with process(tmp_path) as layers:
+        numbers = layers.numbers
+        with monkeypatch.context() as busy:
+            busy.setattr(Numbers, missing, fail)
+            number = (await show_half(layers, source, blob)).number
+        with trio.fail_after(10):
+            while not (numbers.unverified("/srv") and numbers.numbering(number)):  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.01)
+    async with process(tmp_path) as layers:
+        assert left(layers) == {number}
 
 
 # -------------------- by which numbers
