@@ -110,8 +110,7 @@ class Eviction:
                     is_prepared = True
                     self._check_fits(size, taken)
                     self.write_uses(patience_seconds)
-                    if taken.reserved:
-                        self.release_dead()
+                    if taken.reserved and self.release_dead():
                         continue
                 self._evict(short)
         finally:
@@ -137,7 +136,7 @@ class Eviction:
         """The file of a reservation is gone again, or was never made."""
         self._released.append(filename)
         with contextlib.suppress(sqlite3.Error):  # then with the next transaction
-            self._settle()
+            self._settle(0)
 
     # Going
 
@@ -182,10 +181,8 @@ class Eviction:
                     continue
                 picked.append(row)
                 short -= row.size
-                if short <= 0:
+                if short <= 0 or len(picked) == BATCH:
                     return picked
-            if len(picked) >= BATCH // 2:
-                return picked
             if len(rows) == BATCH:
                 continue
             self._place = START
@@ -217,19 +214,32 @@ class Eviction:
             yield
         del self._gone[: len(gone)], self._released[: len(released)]
 
-    def _settle(self) -> None:
+    def _settle(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         with self._lock:
             while self._gone or self._released:
-                with self._writing():
+                with self._writing(patience_seconds):
                     pass
 
     def remove(self, rows: Iterable[Row]) -> None:
         """Removes chunks that are no good, or no longer wanted. Raises: OSError, sqlite3.Error."""
-        with self._lock:
-            for row in rows:
-                self._unlink(row)
-                self._gone.append(row)
-            self._settle()
+        for row in rows:
+            self._unlink(row)
+            self._gone.append(row)
+        self._settle()
+
+    def remove_soon(self, row: Row) -> None:
+        """As `remove`, for one who waits for nobody: if others are writing, the row goes with their next transaction.
+
+        Raises: OSError.
+        """
+        self._unlink(row)
+        self._gone.append(row)
+        if self._lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(sqlite3.Error):
+                    self._settle(0)
+            finally:
+                self._lock.release()
 
     def sacrifice(self, size: int) -> bool:
         """Frees so many bytes of the disk, also if the table cannot be written before; whether it freed any.
@@ -268,17 +278,20 @@ class Eviction:
             self._settle()
         return not self._is_helpless
 
-    def release_dead(self) -> None:
-        """Ends the reservations of processes that have ended, with their files. Raises: OSError, sqlite3.Error."""
+    def release_dead(self) -> bool:
+        """Ends the reservations of processes that have ended, with their files; whether there were any.
+
+        Raises: OSError, sqlite3.Error.
+        """
         held: dict[int, bool] = {}
         for filename, _, lease in self.table.reservations():
             if lease not in held:
                 held[lease] = self._lease.is_held(lease)
             if not held[lease]:
                 (self._folder / filename).unlink(missing_ok=True)
-                with self._lock:
-                    self._released.append(filename)
+                self._released.append(filename)
         self._settle()
+        return not all(held.values())
 
     # The order
 

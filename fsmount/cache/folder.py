@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fsmount.cache.leases import claim
+from fsmount.cache.room import PARTIAL
 from fsmount.errors import FsmountError, NoSpace, Refused, UsageError
 from fsmount.oci.digest import Digest
 
@@ -75,21 +77,30 @@ class CacheFolder:
 
 
 @contextmanager
+def new_file(folder: Path) -> Iterator[Path]:
+    """A file in the making; it is gone at the end of the block, unless it has got its name.
+
+    Others see meanwhile that it is being made, and do not take it for one that was left behind.
+    """
+    handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=folder)
+    try:
+        claim(handle)
+        yield Path(name)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        os.close(handle)
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a fresh path beside `path` to write to; it becomes `path`, synced, when the block ends well.
 
     A power cut leaves the old file, the new one, or none: never half of one.
     """
-    handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
+    with new_file(path.parent) as partial:
         yield partial
         publish(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def publish(partial: Path, path: Path) -> None:

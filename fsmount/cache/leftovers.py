@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fsmount.cache.leases import is_claimed
 from fsmount.cache.room import PARTIAL
 from fsmount.cache.table import ChunkTable
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 #: A file of a chunk that no row names has been given up by then: storing it takes seconds.
 _ORPHAN_SECONDS = 3600.0
-#: Nothing that is being made beside the chunks stays without a write for so long.
+#: Nothing that is being made beside the chunks stays without a write for so long; by a clock that does not jump.
 _PARTIAL_SECONDS = 24 * 3600.0
 
 _SUBFOLDERS = 256
@@ -62,8 +63,9 @@ def remove_partials(folders: Sequence[Path]) -> int:
     count = 0
     for folder in folders:
         for entry in _entries(folder):
-            if entry.name.startswith(PARTIAL) and _is_older(entry, before):
-                Path(entry.path).unlink(missing_ok=True)
+            path = Path(entry.path)
+            if entry.name.startswith(PARTIAL) and _is_older(entry, before) and not is_claimed(path):
+                path.unlink(missing_ok=True)
                 count += 1
     if count:
         log.info("%d half-made files are removed", count)

@@ -273,7 +273,7 @@ class ChunkTable:
     @property
     def log_is_long(self) -> bool:
         """Whether `checkpoint` would do something."""
-        return self._log_size() >= _LOG_PAGES // 4 * _FRAME_BYTES
+        return self._log_size() >= _LOG_PAGES // 2 * _FRAME_BYTES
 
     @property
     def log_overflows(self) -> bool:
