@@ -30,6 +30,8 @@ _CACHED = tuple("/".join(tag) for tag in builds.CACHED)
 #: What a reader may take to end that is told to, also if it waits for the mount.
 _ENDING_SECONDS = 10.0
 _MEASURING_SECONDS = 0.5
+#: Of the kills: what may be left out because too many came together, or nobody was there to be killed.
+_LEFT_OUT_SHARE = 0.11
 #: Of a run: what goes to kills of cached content, once with the registry and once without.
 _CALM_SHARE = 0.14
 #: For `--only kills`: how many read, and how long after one kill the next comes.
@@ -77,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
     parser.add_argument("--seconds", type=float, help="of trouble (840, short 45)")
-    parser.add_argument("--kills", type=int, help="of the worker, in all (54, short 9)")
+    parser.add_argument("--kills", type=int, help="of the worker, in all (56, short 9)")
     parser.add_argument("--no-kills", dest="kills", action="store_const", const=0, help="none")
     parser.add_argument("--seed", type=int, help="to have the same faults again")
     parser.add_argument("--short", action="store_true", help="about a minute: every kind of fault once")
@@ -87,7 +89,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="where the working folder is made")
     options = parser.parse_args(words)
     only = options.only is not None
-    options.kills = (20 if only else 9 if options.short else 54) if options.kills is None else options.kills
+    options.kills = (20 if only else 9 if options.short else 56) if options.kills is None else options.kills
     if options.seconds is None:
         options.seconds = options.kills * _KILL_SECONDS if only else 45.0 if options.short else 840.0
     return options
@@ -190,7 +192,7 @@ class Soak:
     def _soak(self) -> None:
         seconds, kills = self.options.seconds, self.options.kills
         # Not more than leave the mount its network; the others when all is in the cache.
-        busy_kills = min(kills // 2, 4) if self.options.short else int(kills * 0.7)
+        busy_kills = min(kills // 2, 4) if self.options.short else int(kills * 0.66)
         calm_kills = kills - busy_kills
         for kind in ("inside", "programs", "running", "held"):
             self._read(kind, 1, ("web/v1",) if kind in ("programs", "running") else _CACHED, pause=0.3)
@@ -347,10 +349,13 @@ class Soak:
             self.violations.append(
                 f"the chunks took {self.most_bytes} bytes of the {CACHE_BYTES} that they may"
             )
+        done = self.trouble.done
+        if done["kill"] < (1 - _LEFT_OUT_SHARE) * self.options.kills - 0.5:
+            self.violations.append(f"{done['kill']} kills of the {self.options.kills} that were to be")
         operations, verified = diary.counts(self.diaries)
         lines = [
             f"operations: {_listed(operations)}; {verified / 1e6:.0f} MB verified",
-            f"done: {_listed(self.trouble.done)}",
+            f"done: {_listed(done)}",
             f"the front: {self.front.served} answers passed on; met {_listed(self.front.met)}",
             "errors that a fault excuses: "
             + (

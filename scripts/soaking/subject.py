@@ -57,12 +57,12 @@ class Subject:
 
     def processes(self) -> list[Process]:
         """All that serve the mount or keep it: those that were started with its mount point."""
-        wanted = [b"-P", b"-m", b"fsmount", b"mount", os.fsencode(self.point)]
+        wanted = b"\0".join([b"", b"fsmount", b"mount", os.fsencode(self.point), b""])
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 with suppress(OSError, IndexError):  # it has ended
-                    if (folder / "cmdline").read_bytes().split(b"\0")[1:6] == wanted:
+                    if wanted in (folder / "cmdline").read_bytes():
                         fields = (folder / "stat").read_text().rpartition(")")[2].split()
                         if fields[0] != "Z":
                             found.append(Process(int(folder.name), int(fields[1])))
@@ -106,6 +106,8 @@ class Subject:
     def start(self) -> None:
         """Raises: Broken."""
         self.say("mount", self.point, "--config", self.config, "--log-file", self.log)
+        if self.worker() is None:
+            raise Broken(f"no process was found that serves {self.point} for another one")
 
     def is_mounted(self) -> bool:
         return mounts.find(self.point) is not None

@@ -293,6 +293,8 @@ class Troublemaker:
         elif self.subject.kill_worker() is not None:
             self.kills.append(at)
             self.done["kill"] += 1
+        else:
+            self.done["kill of nobody"] += 1
 
     def _upgrade(self) -> None:
         at = time.monotonic()
