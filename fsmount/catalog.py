@@ -63,7 +63,7 @@ class Catalog:
         self._take_apps(apps)
 
     def _take_apps(self, apps: Sequence[App]) -> None:
-        self.apps = self._names.apps = {app.name: app for app in apps}
+        self.apps = self._names.apps = self._lists.apps = {app.name: app for app in apps}
         folders: dict[str, set[str]] = {"": set()}
         for name in self.apps:
             while name:
@@ -253,7 +253,13 @@ class Catalog:
             digest = await self._resolve(app, name, str(pinned) if pinned else tag)
             digest = await self._numbers.when_possible(partial(self._names.bind, view, digest))
         is_pinned = pinned is not None
-        content = await self._contents.open(app, digest, is_pinned=is_pinned, seconds=self.names_seconds)
+        while True:
+            content = await self._contents.open(app, digest, is_pinned=is_pinned, seconds=self.names_seconds)
+            if view.app is app:
+                break
+            # Another app has taken its place, and what is opened is opened from there.
+            self._contents.use(content)
+            app = view.app
         self._names.note_shown(view, content)
         if not is_pinned and self._names.known(app, name) is view:
             self._watch(app, name)
@@ -307,13 +313,14 @@ class Catalog:
                 self._watch_tags(app, asked_at=None)
 
     def _watch_tags(self, app: App, *, asked_at: float | None) -> None:
+        app = self._names.app_now(app)
         if self.apps.get(app.name) is app:
             ask, source = partial(self.ask_tags, app), app.source.name
             self.freshness.watch(app.name, ask, source=source, seconds=app.refresh_seconds, asked_at=asked_at)
 
     def _watch(self, app: App, name: str) -> None:
         """Has a name looked after that somebody uses."""
-        key = app.name, name
+        app, key = self._names.app_now(app), (app.name, name)
         if key in self._watched:
             self._watched.move_to_end(key)
         elif self.apps.get(app.name) is app:
@@ -340,6 +347,9 @@ class Catalog:
         """
         old = self.apps
         self._take_apps(apps)
+        for app in apps:
+            if app is not old.get(app.name):
+                self._lists.filter_again(app)
         for app in old.values():
             new = self.apps.get(app.name)
             if new is app:
@@ -359,7 +369,6 @@ class Catalog:
 
     def _pass_on(self, old: App, new: App) -> None:
         """What one has shown so far, the other does from now on."""
-        self._lists.filter_again(new)
         for content in self._names.pass_on(old, new):
             for layer in content.tree.layers:
                 layer.source = new.source

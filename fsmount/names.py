@@ -38,6 +38,7 @@ class Names:
             self._rename_all()
         view = self._latest.get((app.name, name))
         if view is not None and view.record.origin == app.origin:
+            view.app = self.app_now(app)
             return view
         record = self._numbers.latest_view(app.name, name, app.origin)
         if record is None or record.digest is None:
@@ -49,10 +50,17 @@ class Names:
         return self._name(app, self._numbers.name_view(app.name, name, app.origin, digest))
 
     def _name(self, app: App, record: ViewRecord) -> View:
+        # Another app may have taken the place of that of whoever has waited for this.
+        app = self.app_now(app)
         view = self._views.get(record.number) or View(app, record)
-        view.record = record
+        view.app, view.record = app, record
         self._views[record.number] = self._latest[app.name, record.name] = view
         return view
+
+    def app_now(self, app: App) -> App:
+        """What the configuration has now of the app, if that comes from the same place."""
+        now = self.apps.get(app.name)
+        return now if now is not None and now.origin == app.origin else app
 
     def forget(self, app: App, name: str) -> None:
         """The name stands for nothing any more; the next process does not believe in its view either."""

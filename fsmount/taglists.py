@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
@@ -30,6 +30,8 @@ class TagLists:
         on_gone: Callable[[App, frozenset[str]], Awaitable[None]],
     ) -> None:
         """on_gone: told of tags that were listed before, and are no more."""
+        #: The apps that there are now.
+        self.apps: Mapping[str, App] = {}
         #: For a source to answer.
         self.seconds = 10.0
         self._listings = listings
@@ -51,7 +53,7 @@ class TagLists:
 
     def filter_again(self, app: App) -> None:
         """Shows those of the known tags that the app lists from now on."""
-        listing = self.known(app)
+        listing = self._known.get((app.name, app.origin))
         if listing is not None:
             self._keep(app, listing.names)
 
@@ -70,7 +72,10 @@ class TagLists:
 
     def _keep(self, app: App, names: frozenset[str]) -> Listing:
         key = app.name, app.origin
-        shown = frozenset(filter(app.listed, names))
+        now = self.apps.get(app.name)
+        # Another may have taken its place while the source was asked.
+        listed = now.listed if now is not None and now.origin == app.origin else app.listed
+        shown = frozenset(filter(listed, names))
         known = self._known.get(key) or self._listings.load(*key)
         changed_ns = known.changed_ns if known is not None and known.shown == shown else time.time_ns()
         listing = self._known[key] = Listing(names, shown, changed_ns)

@@ -698,3 +698,102 @@ async def test_a_tag_opens_as_soon_as_another_process_of_the_cache_has_written(
                 assert found == []
                 other.execute("COMMIT")
         assert found == [[b"dist"]]
+
+
+@pytest.mark.parametrize("name", ["v1", "hidden"], ids=["listed", "asked for"])
+async def test_a_name_that_is_looked_up_while_its_app_is_replaced_is_asked_of_the_new_one(
+    tmp_path: Path, source: FakeSource, name: str
+) -> None:
+    source.listed["hidden"] = source.listed["v1"]
+    new_source = FakeSource()
+    put(new_source, "v1", b"first")
+    old, new = app(source), app(new_source)
+    async with open_catalog(tmp_path, old) as catalog:
+        source.silent = Gate()
+        found: list[View] = []
+
+        async def look() -> None:
+            found.append(await catalog.view(old, name))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await wait_all_tasks_blocked()
+            catalog.replace_apps([new])
+            source.silent.open()
+        source.away = GONE
+        (view,) = found
+        assert view.app is new and await catalog.view(new, name) is view
+        assert await names(await catalog.content(view)) == [b"dist"]
+        # What is looked after is asked of the new one, too.
+        assert new_source.asked[f"manifest {new_source.listed['v1']}"] == 1
+
+
+async def test_a_view_that_is_opened_while_its_app_is_replaced_is_opened_from_the_new_one(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    new_source = FakeSource()
+    put(new_source, "v1", b"first")
+    old, new = app(source), app(new_source)
+    async with open_catalog(tmp_path, old) as catalog:
+        view = await catalog.view(old, "v1")
+        source.silent = Gate()
+        shown: list[Content] = []
+
+        async def open_view() -> None:
+            shown.append(await catalog.content(view))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_view)
+            await wait_all_tasks_blocked()
+            catalog.replace_apps([new])
+            source.silent.open()
+        assert [layer.source for layer in shown[0].tree.layers] == [new_source]
+
+
+async def test_a_list_that_is_on_its_way_while_its_app_is_replaced_is_filtered_as_the_new_one_says(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    source.listed["main"] = source.listed["v1"]
+    old, new = app(source), app(source, tags="v*")
+    async with open_catalog(tmp_path, old) as catalog:
+        await catalog.tags(old)
+        source.silent = Gate()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(catalog.ask_tags, old)
+            await wait_all_tasks_blocked()
+            catalog.replace_apps([new])
+            assert await catalog.tags(new) == {"v1"}
+            source.silent.open()
+        assert await catalog.tags(new) == {"v1"}
+
+
+async def test_an_app_that_comes_back_lists_what_it_is_to_list_now(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    source.listed["main"] = source.listed["v1"]
+    old, new = app(source), app(source, tags="v*")
+    async with open_catalog(tmp_path, old) as catalog:
+        await catalog.tags(old)
+        catalog.replace_apps([])
+        catalog.replace_apps([new])
+        assert await catalog.tags(new) == {"v1"}
+
+
+async def test_what_is_asked_for_while_its_app_is_replaced_is_looked_after_by_the_new_one(
+    tmp_path: Path, source: FakeSource, mock_clock: MockClock
+) -> None:
+    new_source = FakeSource()
+    put(new_source, "v1", b"first")
+    old, new = app(source), app(new_source)
+    async with open_catalog(tmp_path, old) as catalog:
+        source.silent = Gate()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(catalog.tags, old)
+            nursery.start_soon(catalog.view, old, "v1")
+            await wait_all_tasks_blocked()
+            catalog.replace_apps([new])
+            source.silent.open()
+        await catalog.content(await catalog.view(new, "v1"))
+        mock_clock.jump(73)
+        await wait_all_tasks_blocked()
+        assert (new_source.asked["tags"], new_source.asked["v1"]) == (1, 1)
