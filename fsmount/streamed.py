@@ -1,9 +1,7 @@
 """Streamed: the index of one layer, made by a pass over all of its blob, and what that finds out about the layer."""
 
 import logging
-import os
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ from fsmount.archive.span import Codec, Kind, Span, Trust
 from fsmount.archive.toc import HIDDEN
 from fsmount.cache import database
 from fsmount.cache.chunks import ChunkStore
-from fsmount.cache.folder import CacheFolder, disk_errors, publish
+from fsmount.cache.folder import CacheFolder, disk_errors, new_file, publish
 from fsmount.errors import Corrupt, FsmountError, Invalid, Unsupported
 from fsmount.index import VERSION, Chunk, LayerIndex
 from fsmount.indexing import IndexBuilder
@@ -299,13 +297,8 @@ class Streamed:
     def _new_file(self) -> Iterator[Path]:
         """A file for an index in the making; it is gone at the end of the block, unless it has got its name."""
         layers = self._means.folder.layers
-        with disk_errors(layers):
-            handle, name = tempfile.mkstemp(prefix=".partial-", dir=layers)
-            os.close(handle)
-            try:
-                yield Path(name)
-            finally:
-                Path(name).unlink(missing_ok=True)
+        with disk_errors(layers), new_file(layers) as path:
+            yield path
 
     async def _fetch_again(self, running: Pass) -> None:
         """For chunks that were evicted: each is checked as it comes."""

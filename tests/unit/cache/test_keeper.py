@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import trio
 import trio.testing
 
 from fsmount.cache.chunks import ChunkStore, open_chunk_store
+from fsmount.cache.folder import whole_file
 from fsmount.cache.keeper import Keeper
 from fsmount.cache.room import PARTIAL
 
@@ -207,6 +209,27 @@ async def test_what_others_were_making_beside_the_chunks_is_removed_after_a_day(
         async with kept(store):
             await until(lambda: not any(path.exists() for path in old))
     assert young.exists() and whole.exists()
+
+
+@pytest.mark.usefixtures("rounds")
+async def test_what_a_living_process_is_making_stays_also_if_the_clock_jumps_by_days(
+    folder: Path, tmp_path: Path
+) -> None:
+    beside = tmp_path / "layers"
+    dead = plant(beside / f"{PARTIAL}dead")
+    with (
+        open_chunk_store(folder, size=10**9, beside=[beside]) as store,
+        whole_file(beside / "sha256-1.sqlite") as partial,
+    ):
+        with closing(sqlite3.connect(partial)) as connection:
+            connection.execute("CREATE TABLE Entries (name)")
+            connection.commit()
+        # As if the clock had been two days behind when it was begun.
+        os.utime(partial, (OLD, OLD))
+        async with kept(store):
+            await until(lambda: not dead.exists())
+        assert partial.exists()
+    assert os.listdir(beside) == ["sha256-1.sqlite"]
 
 
 async def test_what_lay_under_a_lost_table_is_removed_in_the_background_and_takes_no_room_from_what_comes(
