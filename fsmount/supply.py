@@ -1,7 +1,7 @@
 """Supply: where the bytes of one layer come from: the cache, parts of its blob, or one pass over all of it."""
 
+import hashlib
 import logging
-import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -276,9 +276,15 @@ class Supply(Streamed):
 
 
 def _numbering(found: Found) -> str:
-    """LayerIndex.numbering: that of tables which cannot differ is the same whenever they are found."""
-    is_named = found.kind not in (Kind.RANGED_FILE, Kind.RANGED_TAR)
-    return f"{VERSION}{found.space}" if is_named else uuid.uuid4().hex
+    """LayerIndex.numbering: the same whenever the same table is found, by whichever process.
+
+    One that has a name, or a digest, has that in its space. What was read out of the blob itself has none: a server
+    may lie about it.
+    """
+    if found.kind not in (Kind.RANGED_FILE, Kind.RANGED_TAR):
+        return f"{VERSION}{found.space}"
+    members = hashlib.sha256(repr(found.table.entries).encode("utf-8", "surrogateescape"))
+    return f"{VERSION}{found.space}-{members.hexdigest()[:32]}"
 
 
 _COMPRESSIONS = {
