@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -122,18 +122,18 @@ class Catalog:
 
     # Views
 
-    async def view(self, app: App, name: str, *, is_used: bool = True) -> View:
+    async def view(self, app: App, name: str) -> View:
         """What a name in an app's folder stands for: a tag, a tag and a digest, or a digest.
 
-        A name that is known, or listed, is answered at once; any other name is asked for. is_used: whether somebody
-        wants to know what is in it, so that it has to be looked after.
+        A name that is known, or listed, is answered at once; any other name is asked for. A tag of which it is known
+        what it stands for is looked after from now on.
 
         Raises: NotFound, Unreachable, AccessDenied.
         """
         tag, digest = parse_name(name)
         view = self._names.known(app, name)
         if view is not None and view.record.digest is not None:
-            if digest is None and is_used:
+            if digest is None:
                 self._watch(app, name)
             return view
         # Of a view that nobody has entered yet, the list alone says that it exists.
@@ -144,6 +144,10 @@ class Catalog:
         if not is_listed:
             digest = await self._resolve(app, name, str(digest) if digest else tag)
         return await self._numbers.when_possible(partial(self._names.give, app, name, digest))
+
+    async def views(self, app: App, names: Collection[str]) -> list[View]:
+        """The views of tags that are listed, in their order, for who wants to know nothing else of them."""
+        return await self._numbers.when_possible(partial(self._names.give_all, app, names))
 
     def view_numbered(self, number: int) -> View | None:
         """The view of that number, also one of an earlier process, and of an app that is gone or has changed.

@@ -1,7 +1,7 @@
 """Names: which view each name in an app's folder has, in this process and in those before; nobody is asked here."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -48,6 +48,15 @@ class Names:
     def give(self, app: App, name: str, digest: Digest | None) -> View:
         """The view of a name that stands for something now; None: that is not known yet."""
         return self._name(app, self._numbers.name_view(app.name, name, app.origin, digest))
+
+    def give_all(self, app: App, names: Collection[str]) -> list[View]:
+        """The views of names that are there, whether it is known what they stand for or not; all in one go."""
+        known = {name: self.known(app, name) for name in names}
+        missing = [name for name, view in known.items() if view is None]
+        if missing:
+            for record in self._numbers.name_views(app.name, missing, app.origin):
+                known[record.name] = self._name(app, record)
+        return [view for view in known.values() if view is not None]
 
     def _name(self, app: App, record: ViewRecord) -> View:
         # Another app may have taken the place of that of whoever has waited for this.

@@ -190,10 +190,18 @@ class Numbers:
     def name_view(self, app: str, name: str, origin: str, digest: Digest | None) -> ViewRecord:
         """What a name stands for now: its latest view, if that shows the digest or nothing yet; else a new one."""
         with self._state.transaction():
-            latest = self.latest_view(app, name, origin)
-            if latest is None or latest.digest not in (None, digest):
-                return self.new_view(app, name, origin, digest)
-            return latest if digest is None else self.bind_view(latest.number, digest)
+            return self._name_view(app, name, origin, digest)
+
+    def name_views(self, app: str, names: Collection[str], origin: str) -> list[ViewRecord]:
+        """The latest view of each name, a new one if it has none; of those that show something, a new one too."""
+        with self._state.transaction():
+            return [self._name_view(app, name, origin, None) for name in names]
+
+    def _name_view(self, app: str, name: str, origin: str, digest: Digest | None) -> ViewRecord:
+        latest = self.latest_view(app, name, origin)
+        if latest is None or latest.digest not in (None, digest):
+            return self.new_view(app, name, origin, digest)
+        return latest if digest is None else self.bind_view(latest.number, digest)
 
     def bind_view(self, number: int, digest: Digest) -> ViewRecord:
         """Says what a view shows, if nobody has said it yet; returns what holds."""

@@ -175,6 +175,11 @@ class Listing:
         self._header = _DIRENTPLUS.size if plus else _DIRENT.size
         self._parts: list[bytes] = []
 
+    @property
+    def most(self) -> int:
+        """How many entries may fit yet."""
+        return self._left // self._header
+
     def add(self, name: bytes, attributes: Attributes, offset: int) -> bool:
         """Whether it fitted; offset is where a listing goes on after this entry."""
         length = len(name)

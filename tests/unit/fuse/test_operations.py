@@ -520,6 +520,36 @@ def test_the_place_of_a_tag_in_a_listing_is_the_same_in_every_process() -> None:
     assert module._offset("v1") == 514116026288276215
 
 
+async def test_what_a_listing_of_many_tags_takes_grows_no_faster_than_they_do(
+    work: Path, layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _Tagged(layout)
+    source.names = tags = [f"v{number}" for number in range(500)]
+    placed: list[str] = []
+    place = module._offset
+
+    def offset(name: str) -> int:
+        placed.append(name)
+        return place(name)
+
+    monkeypatch.setattr(module, "_offset", offset)
+    async with process(work / "cache", source, "app") as operations:
+        inode = (await look(operations, "app")).inode
+        await look_after(operations)
+        statements: list[str] = []
+        operations._numbers._state._connection.set_trace_callback(statements.append)
+        for _ in range(2):
+            seen: list[str] = []
+            pages, after = 0, 0
+            while page := await listed(operations, inode, after=after, size=4096, plus=True):
+                seen += [name for name, _, _ in page]
+                pages, after = pages + 1, page[-1][2]
+            assert sorted(seen) == sorted(tags)
+        assert len(placed) == len(tags)
+        assert 0 < statements.count("COMMIT") <= pages + 1
+        assert len([one for one in statements if "INSERT" in one]) == len(tags)
+
+
 # -------------------- what a layer was
 
 
