@@ -27,6 +27,8 @@ _OWED_SECONDS = 30.0
 _ANEW_SECONDS = 60.0
 #: Between two times at which those who open chunks write down what was used.
 _NOTE_SECONDS = 1.0
+#: Whose last use is further ahead than this was used while the clock was wrong.
+_AHEAD_SECONDS = 60.0
 
 
 class TooLarge(NoSpace):
@@ -110,6 +112,7 @@ class Eviction:
                     is_prepared = True
                     self._check_fits(size, taken)
                     self.write_uses(patience_seconds)
+                    self.set_right_some(patience_seconds)
                     if taken.reserved and self.release_dead():
                         continue
                 self._evict(short)
@@ -316,6 +319,18 @@ class Eviction:
                 self.table.touch(some)
             for key, _ in some:
                 self._used.pop(key, None)
+
+    def set_right_some(self, patience_seconds: float = PATIENCE_SECONDS) -> bool:
+        """What was last used in the future counts as used now; up to BATCH of it: whether there may be more.
+
+        A clock was ahead then. What has been used since would go first, for as long as it was ahead.
+        Raises: sqlite3.Error.
+        """
+        rows = self.table.least_used((time.time() + _AHEAD_SECONDS, 0), BATCH)
+        if rows:
+            with self.table.writing(patience_seconds):
+                self.table.set_right(rows)
+        return len(rows) == BATCH
 
     # Beginning anew
 

@@ -81,6 +81,8 @@ class Keeper:
         for key in self._hot.take_used():
             self._eviction.note_use(key)
         await self._try(self._eviction.write_uses)
+        while await self._try(self._eviction.set_right_some):
+            pass
         await self._try(self._eviction.release_dead)
         await self.trim()
         await self._try(self._eviction.table.checkpoint)

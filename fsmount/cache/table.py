@@ -257,9 +257,18 @@ class ChunkTable:
 
     def touch(self, used: Iterable[tuple[str, float]]) -> None:
         """Within `writing`: chunks were used, each at a time. BATCH at once, at most."""
+        now = time.time()
         self._cache._con.executemany(
-            "UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1 AND access_time < ?",
-            [(at, key, at) for key, at in used],
+            "UPDATE Cache SET access_time = ?1 WHERE key = ?2 AND raw = 1 AND access_time < ?1",
+            [(min(at, now), key) for key, at in used],
+        )
+
+    def set_right(self, rows: Iterable[Row]) -> None:
+        """Within `writing`: chunks were used now, and not when their rows say. BATCH at once, at most."""
+        now = time.time()
+        self._cache._con.executemany(
+            "UPDATE Cache SET access_time = ? WHERE rowid = ? AND access_time = ?",
+            [(now, row.number, row.used_at) for row in rows],
         )
 
     def checkpoint(self) -> None:

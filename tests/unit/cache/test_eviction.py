@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -334,6 +335,54 @@ async def test_the_least_recently_read_goes_first_in_whichever_process_that_was(
         put(store, *"ijklmnop")
         assert stored(store, *"abcdefgh").startswith("ad")
         assert stored(store, *"bc") == ""
+
+
+class Clock:
+    """The time of day, as somebody sets it."""
+
+    def __init__(self) -> None:
+        self.ahead_seconds = 0.0
+        self._true = time.time
+
+    def __call__(self) -> float:
+        return self._true() + self.ahead_seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock)
+    return clock
+
+
+def test_what_was_stored_while_the_clock_was_ahead_does_not_outlive_what_is_stored_later(
+    folder: Path, room_for: Callable[[int], int], clock: Clock
+) -> None:
+    with open_chunk_store(folder, size=room_for(40)) as store:
+        clock.ahead_seconds = 365 * 24 * 3600.0
+        assert all(put(store, *(f"old/{number}" for number in range(30))))
+        clock.ahead_seconds = 0.0
+        new = [f"new/{number}" for number in range(60)]
+        for key in new:
+            assert put(store, key) == [True]
+            assert store.stored([key]) == [True]
+        assert not any(store.stored([f"old/{number}" for number in range(30)]))
+        assert store.stored(new[-30:]) == [True] * 30
+
+
+async def test_what_was_used_while_the_clock_was_ahead_goes_before_what_is_used_later(
+    folder: Path, room_for: Callable[[int], int], clock: Clock
+) -> None:
+    with open_chunk_store(folder, size=room_for(40)) as store:
+        put(store, *range(30))
+        clock.ahead_seconds = 3600.0
+        for number in range(30):
+            await store.open(str(number), SHA256)
+        clock.ahead_seconds = 0.0
+        store._hot.close()
+        for number in range(30, 70):
+            assert put(store, number) == [True]
+        assert store.stored([str(number) for number in range(40, 70)]) == [True] * 30
 
 
 async def test_what_is_open_in_this_process_is_not_evicted_and_all_that_is_open_is_no_more_than_half(

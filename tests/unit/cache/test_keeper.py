@@ -161,6 +161,22 @@ async def test_a_fault_that_is_over_is_told_to_be_over_although_nobody_stores_an
             await until(lambda: store.trouble is None)
 
 
+@pytest.mark.usefixtures("rounds")
+async def test_what_was_used_in_the_future_counts_as_used_now(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_chunk_store(folder, size=10**9) as store:
+        with monkeypatch.context() as patch:
+            true = time.time
+            patch.setattr(time, "time", lambda: true() + 365 * 24 * 3600)
+            put(store, *range(50))
+        put(store, "later")
+        rows = store._eviction.table.following
+        async with kept(store):
+            await until(lambda: max(row.used_at for row in rows(0, 100)) < time.time() + 60)
+        assert len(rows(0, 100)) == 51
+
+
 # -------------------- what was left behind
 
 
