@@ -3,7 +3,8 @@
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import trio
@@ -71,22 +72,26 @@ class Catalog:
                 folders.setdefault(parent, set()).add(base)
                 name = parent
         self.folders = {path: frozenset(names) for path, names in folders.items()}
-        try:
-            for path, names in self.folders.items():
+        for path, names in self.folders.items():
+            with _keeping_apps():
                 self._note_folder(path, names)
-            for app in apps:
+        for app in apps:
+            with _keeping_apps():
                 origin = Origin(app.source.name, str(app.platform), app.subtree)
                 self._numbers.keep_origin(app.origin, origin)
-        except FsmountError as error:
-            log.warning("which apps there are is not kept for the next process: %s", error.message)
 
     def _note_folder(self, path: str, names: frozenset[str]) -> None:
-        listing = self._folder_listings.get(path) or self._numbers.listings.load(path)
-        if listing is not None and listing.names == names:
-            self._folder_listings[path] = listing
+        """Raises: FsmountError, NoSpace; what this process knows of the folder is right then, too."""
+        known = self._folder_listings.get(path)
+        if known is not None and known.names == names:
+            return
+        new = self._folder_listings[path] = Listing(names, names, time.time_ns())
+        if known is None:
+            known = self._numbers.listings.load(path)
+        if known is not None and known.names == names:
+            self._folder_listings[path] = known
         else:
-            listing = self._folder_listings[path] = Listing(names, names, time.time_ns())
-            self._numbers.listings.save(path, listing)
+            self._numbers.listings.save(path, new)
 
     # Tags
 
@@ -378,3 +383,11 @@ class Catalog:
                 layer.source = new.source
             for told in self.on_open:
                 told(new, content)
+
+
+@contextmanager
+def _keeping_apps() -> Iterator[None]:
+    try:
+        yield
+    except FsmountError as error:
+        log.warning("which apps there are is not kept for the next process: %s", error.message)

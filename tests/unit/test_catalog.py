@@ -13,6 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fsmount.archive.span import Trust
+from fsmount.cache.listings import Listings
 from fsmount.cache.numbers import Numbers, ViewRecord
 from fsmount.catalog import VIEW_ROOT, App, Catalog, Content, View
 from fsmount.errors import (
@@ -797,3 +798,18 @@ async def test_what_is_asked_for_while_its_app_is_replaced_is_looked_after_by_th
         mock_clock.jump(73)
         await wait_all_tasks_blocked()
         assert (new_source.asked["tags"], new_source.asked["v1"]) == (1, 1)
+
+
+async def test_every_folder_whose_names_change_says_so_also_when_the_disk_is_full(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise NoSpace("no space left for state.sqlite")
+
+    apps = [app(source, "team/a"), app(source, "other/a")]
+    async with open_catalog(tmp_path, *apps) as catalog:
+        before = {path: catalog.changed_ns(path) for path in catalog.folders}
+        monkeypatch.setattr(Listings, "save", fail)
+        catalog.replace_apps([*apps, *(app(source, f"{path}/b") for path in ("team", "other", "new"))])
+        changed = {path for path in catalog.folders if catalog.changed_ns(path) != before.get(path)}
+        assert changed == {"", "team", "other", "new"}
