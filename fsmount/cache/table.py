@@ -91,6 +91,9 @@ class ChunkTable:
             statistics=0,
             sqlite_busy_timeout=_BUSY_MILLISECONDS,
             sqlite_wal_autocheckpoint=_LOG_PAGES,
+            # Else the log keeps the length that it once had, although little of it is in use. What it keeps is for a
+            # transaction on a full disk.
+            sqlite_journal_size_limit=_TRANSACTION_PAGES * _FRAME_BYTES,
             # A failing disk, or a file cut short, would end the process by SIGBUS.
             sqlite_mmap_size=0,
             sqlite_auto_vacuum=0,
@@ -275,7 +278,7 @@ class ChunkTable:
         """Copies the log into the database if it is worth it: it syncs, which those who store shall not wait for."""
         if self.log_overflows:
             # Where many write all the time, the log never comes to an end unless they are held up for a moment.
-            self._read("PRAGMA wal_checkpoint(RESTART)", ())
+            self._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
         elif self.log_is_long:
             self._read("PRAGMA wal_checkpoint(PASSIVE)", ())
 

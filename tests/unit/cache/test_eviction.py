@@ -3,11 +3,13 @@
 import hashlib
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import trio
 
 from fsmount.cache.chunks import ChunkStore, open_chunk_store
 from fsmount.cache.room import PARTIAL
+from fsmount.cache.table import ChunkTable
 
 KB = 1024
 CHUNK = os.urandom(16 * KB)
@@ -142,6 +145,47 @@ def test_what_is_being_made_beside_the_chunks_counts(folder: Path, room_for: Cal
         partial.rename(layers / "whole")
         put(store, *"klm")
         assert stored(store, *"hijklm") == "hijklm", "it is no longer for the cache to count"
+
+
+def test_a_log_that_somebody_who_reads_has_let_grow_is_short_again_when_that_is_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, checkpoints = folder / "cache.db-wal", 0
+    checkpoint = ChunkTable.checkpoint
+
+    def count(table: ChunkTable) -> None:
+        nonlocal checkpoints
+        checkpoints += 1
+        checkpoint(table)
+
+    monkeypatch.setattr(ChunkTable, "checkpoint", count)
+    with open_chunk_store(folder, size=10**9) as store:
+        volume = store.volume
+        with closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM Cache").fetchone()
+            put(store, *range(200))
+        longest = log.stat().st_size
+        assert longest > 2**22
+        checkpoints = 0
+        put(store, *range(200))
+        assert checkpoints == 1, "whoever stores waits for it once"
+        assert log.stat().st_size < longest / 2
+        assert store.volume - volume < 200 * len(CHUNK) + 2**20, "nor does it count for ever"
+
+
+@pytest.mark.parametrize("checkpoint", ["PASSIVE", "RESTART"])
+def test_a_log_that_was_copied_calls_for_nobody_to_do_so(folder: Path, checkpoint: str) -> None:
+    with open_chunk_store(folder, size=10**9) as store:
+        table = store._eviction.table
+        number = 0
+        while not table.log_is_long:
+            put(store, number)
+            number += 1
+        with closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as other:
+            other.execute(f"PRAGMA wal_checkpoint({checkpoint})")
+        put(store, "next")
+        assert not table.log_is_long
 
 
 def test_a_chunk_that_replaces_another_one_is_never_there_beside_it(
