@@ -3,10 +3,11 @@
 import errno
 import inspect
 import os
+import sqlite3
 import stat
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -548,6 +549,30 @@ async def test_what_a_listing_of_many_tags_takes_grows_no_faster_than_they_do(
         assert len(placed) == len(tags)
         assert 0 < statements.count("COMMIT") <= pages + 1
         assert len([one for one in statements if "INSERT" in one]) == len(tags)
+
+
+# -------------------- while another process is in the middle of a write
+
+
+async def test_folders_and_tags_that_have_no_number_yet_are_answered_when_the_other_has_written(
+    work: Path, layout: Path
+) -> None:
+    found: list[int] = []
+    async with process(work / "cache", Layout(layout), "app", "team/web") as operations:
+        with closing(sqlite3.connect(work / "cache" / "state.sqlite", isolation_level=None)) as other:
+
+            async def find(path: str) -> None:
+                found.append((await look(operations, path)).inode)
+
+            async with trio.open_nursery() as nursery:
+                other.execute("BEGIN IMMEDIATE")
+                for path in ("app", "team", "app/v1"):
+                    nursery.start_soon(find, path)
+                await trio.testing.wait_all_tasks_blocked()
+                assert found == []
+                assert await ask(operations.getattr(_ROOT))
+                other.execute("COMMIT")
+    assert len(set(found)) == 3 and all(found)
 
 
 # -------------------- what a layer was
