@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ def runtime_folders(user: int, environ: Mapping[str, str] = os.environ) -> list[
     own = Path(environ.get("XDG_RUNTIME_DIR", ""))
     # The XDG Base Directory Specification has relative paths ignored. Root may ask for another user's mount.
     return [own / "fsmount", *folders] if own.is_absolute() and user == os.geteuid() else folders
+
+
+#: What `socket_name` makes.
+SOCKET_NAME = re.compile(r"[0-9a-f]{16}\.sock")
 
 
 def socket_name(mountpoint: Path) -> str:

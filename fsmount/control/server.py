@@ -6,10 +6,11 @@ import socket
 import stat
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,6 +35,8 @@ _MOST_ACTIONS = 4
 _CLIENT_SECONDS = 5.0
 REPORT_SECONDS = 30.0
 ACTION_SECONDS = 60.0
+#: Names in the folder of the sockets that are looked at for what was left there.
+_MOST_CLEARED = 1000
 #: After a connection could not be taken: the process is out of descriptors.
 _PAUSE_SECONDS = 1.0
 JSON = "application/json"
@@ -110,6 +113,7 @@ def _listening(name: str, folders: Sequence[Path]) -> Iterator[trio.socket.Socke
                 problems.append(f"{place}: {error.strerror or error}")
                 continue
             stack.callback(_remove, folder, name, made)
+            _clear(folder, name)
             yield trio.socket.from_stdlib_socket(listener)
             return
     raise FsmountError(f"there is no place for a socket: {'; '.join(problems)}")
@@ -142,6 +146,32 @@ def _give_to_group_of(folder: int, address: str) -> bool:
         log.warning("group %d may not ask about the mount: %s", group, error.strerror)
         return False
     return True
+
+
+def _clear(folder: int, own: str) -> None:
+    """Removes what processes left beside ours that were killed, and whose mounts are gone: nobody else would.
+
+    Never waits; what cannot be removed stays.
+    """
+    with suppress(OSError):
+        # Who serves one that is mounted is there, or about to follow one that has died, and to take the name.
+        kept = {places.socket_name(mount.mountpoint) for mount in mounts.mounted() if mounts.is_ours(mount)}
+        kept.add(own)
+        with os.scandir(places.address(folder, ".")) as entries:
+            for entry in islice(entries, _MOST_CLEARED):
+                if places.SOCKET_NAME.fullmatch(entry.name) and entry.name not in kept:
+                    _remove_if_refused(folder, entry.name)
+
+
+def _remove_if_refused(folder: int, name: str) -> None:
+    # A socket that has such a name listens already; of a file that is none, a connection is refused as well.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.setblocking(False)
+        if stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            try:
+                client.connect(places.address(folder, name))
+            except ConnectionRefusedError:
+                os.unlink(name, dir_fd=folder)
 
 
 def _remove(folder: int, name: str, made: os.stat_result) -> None:

@@ -17,7 +17,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fsmount.control import Action, Report, ask, client, serve, server
-from fsmount.control.places import runtime_folders
+from fsmount.control.places import runtime_folders, socket_name
 from fsmount.errors import (
     AccessDenied,
     Corrupt,
@@ -239,6 +239,42 @@ async def test_a_socket_that_a_killed_process_left_is_replaced_and_answers_nobod
         await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder])
     async with serving(tmp_path / "mnt", [folder]):
         assert await ask(mount(tmp_path / "mnt"), "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_what_killed_processes_left_is_cleared_away_by_whoever_comes_next_and_nothing_else(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(name: str) -> str:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(folder / name))
+        return name
+
+    mounted = mount(tmp_path / "mounted")
+    monkeypatch.setattr(mounts, "mounted", lambda: [mounted])
+    async with serving(tmp_path / "living", [folder]):
+        (living,) = os.listdir(folder)
+        # The next process that serves it is about to take its name.
+        kept = {living, leave(socket_name(mounted.mountpoint)), leave("another.sock"), leave(f".{living}.1")}
+        left = {leave(socket_name(tmp_path / str(number))) for number in range(3)}
+        file = socket_name(tmp_path / "file")
+        (folder / file).touch()
+        link = socket_name(tmp_path / "link")
+        (folder / link).symlink_to(sorted(left)[0])
+        async with serving(tmp_path / "next", [folder]):
+            found = {*os.listdir(folder)}
+            assert found == {*kept, file, link, socket_name(tmp_path / "next")}
+            assert await ask(mount(tmp_path / "living"), "/hello", folders=[folder]) == b"hello\n"
+
+
+async def test_a_process_that_is_too_busy_to_be_asked_keeps_its_socket(tmp_path: Path, folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    path = folder / socket_name(tmp_path / "busy")
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting.connect(str(path))
+        async with serving(tmp_path / "next", [folder]):
+            assert path.exists()
 
 
 async def test_who_has_lost_the_name_to_another_leaves_it_to_that_one(tmp_path: Path, folder: Path) -> None:
