@@ -254,6 +254,10 @@ class Layer(Supply):
             if descriptor is not None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
+    def checked(self, descriptor: int) -> tuple[int, int]:
+        """As ChunkStore.checked, of a chunk that `open_chunk` has just opened."""
+        return self._layers.chunks.checked(descriptor)
+
     def pieces(self, extents: Iterable[Extent]) -> Iterator[Piece]:
         """Where the bytes of a file lie in the chunks of the complete layer."""
         index = self.index

@@ -17,14 +17,14 @@ from fsmount import extract
 from fsmount.archive.entry import EntryType
 from fsmount.cache.folder import from_os_error
 from fsmount.catalog import Content
-from fsmount.errors import FsmountError, Refused, UsageError
+from fsmount.errors import Corrupt, FsmountError, Refused, UsageError
 from fsmount.extract import File, Folders, Part
 from fsmount.index import unpack_xattrs
 from fsmount.layer import Layer, Piece
 from fsmount.overlay import Node
 from fsmount.singleflight import in_background, single_error
 from fsmount.tree import StoredTree, directory_key
-from fsmount.workers import Batch, Workers, start_workers
+from fsmount.workers import Batch, ChangedMeanwhile, Workers, start_workers
 
 #: Files in one batch at most, so that a chunk of tiny files keeps more than one process busy.
 _BATCH = 500
@@ -94,6 +94,11 @@ async def snapshot(
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_remove_tree, partial)
             raise
+    except ChangedMeanwhile as error:
+        raise Corrupt(
+            f"{destination} is not made: {error.strerror}",
+            remedy="Run it again: what was changed is fetched again. If it happens again, look at the disk.",
+        ) from error
     except OSError as error:
         raise from_os_error(error, destination, elsewhere="Choose another place.") from error
     return progress
@@ -231,8 +236,12 @@ class _Writer:
                 if batch is None or chunk != current or len(batch.files) >= _BATCH:
                     if batch is not None:
                         await workers.batches.send(batch)
-                    # A file without bytes needs no chunk: any descriptor will do.
-                    batch = Batch(os.dup(await layer.open_chunk(chunk) if chunk >= 0 else self._root))
+                    if chunk >= 0:
+                        descriptor = await layer.open_chunk(chunk)
+                        batch = Batch(os.dup(descriptor), checked=layer.checked(descriptor))
+                    else:
+                        # A file without bytes needs no chunk: any descriptor will do.
+                        batch = Batch(os.dup(self._root))
                     current = chunk
                 if piece and not whole:
                     part = ((piece.file_offset, piece.offset, piece.size),)

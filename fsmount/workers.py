@@ -18,13 +18,30 @@ from fsmount.singleflight import single_error
 _COUNT = min(4, os.cpu_count() or 1)
 
 
+class ChangedMeanwhile(OSError):
+    """A chunk is no longer what it was when it was checked."""
+
+
 @dataclass(slots=True)
 class Batch:
-    """What to write from one chunk. Ownership: `descriptor` is closed when the batch has been sent."""
+    """What to write from one chunk. Ownership: `descriptor` is closed when the batch has been written.
+
+    `checked`: size and time of change that the chunk's file had when it was checked.
+    """
 
     descriptor: int
     files: list[File] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    checked: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Raises: ChangedMeanwhile, if the file of the chunk has changed since it was checked."""
+        status = os.fstat(self.descriptor)
+        if self.checked not in (None, (status.st_size, status.st_mtime_ns)):
+            name = self.files[0].name if self.files else self.parts[0].name
+            raise ChangedMeanwhile(
+                errno.EBADMSG, "a chunk of the cache was changed while it was copied", os.fsdecode(name)
+            )
 
 
 @dataclass(slots=True)
@@ -39,7 +56,7 @@ class Workers:
 async def start_workers(root: int) -> AsyncIterator[Workers]:
     """Processes that write below the folder `root`; all batches are done at the end of the block.
 
-    Raises: OSError, as a process met it, with the name of the file.
+    Raises: OSError, as a process met it, with the name of the file; ChangedMeanwhile.
     Cancellation: the processes end.
     """
     send, receive = trio.open_memory_channel[Batch](_COUNT)
@@ -69,9 +86,10 @@ async def _serve(batches: trio.MemoryReceiveChannel[Batch], root: int, workers: 
                 async for batch in batches:
                     try:
                         await _send(connection, extract.encode(batch.files, batch.parts), batch.descriptor)
+                        lost = await _reply(connection)  # not within the sum, which others change meanwhile
+                        batch.check()
                     finally:
                         os.close(batch.descriptor)
-                    lost = await _reply(connection)  # not within the sum, which others change meanwhile
                     workers.lost_xattrs += lost
     finally:
         # Its connection has ended, or it is no longer wanted: it has nothing to lose.

@@ -165,6 +165,10 @@ class ChunkStore:
         """The open descriptor of a recent, verified chunk. Ownership: the store's; use it before the next await."""
         return self._hot.get(key)
 
+    def checked(self, descriptor: int) -> tuple[int, int]:
+        """Size and time of change, in ns, that an open chunk had when it was checked: for who copies it elsewhere."""
+        return self._hot.checked(descriptor)
+
     def read(self, descriptor: int, size: int, offset: int) -> bytes:
         """Bytes of an open chunk, which end where the chunk does.
 

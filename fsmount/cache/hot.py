@@ -86,6 +86,11 @@ class HotChunks:
             chunk.stamp = inode, stamped_size, modified_ns, status.st_ctime_ns
         return data
 
+    def checked(self, descriptor: int) -> tuple[int, int]:
+        """Size and time of change, in ns, that an open chunk had when it was checked."""
+        _, size, modified_ns, _ = self._by_descriptor[descriptor].stamp
+        return size, modified_ns
+
     def add(
         self, key: str, descriptor: int, stamp: Stamp, sha256: str = "", *, is_held: bool = False
     ) -> list[str]:

@@ -30,3 +30,23 @@ async def test_they_run_this_program_whatever_the_current_folder_holds(
         os.close(root)
     assert (ours / "file").read_bytes() == b"text"
     assert not (tmp_path / "planted").exists()
+
+
+async def test_a_chunk_that_was_changed_while_it_was_copied_is_a_failure(tmp_path: Path) -> None:
+    chunk = os.memfd_create("chunk")
+    os.write(chunk, b"text")
+    status = os.fstat(chunk)
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    file = File(b"", b"file", 0o644, os.geteuid(), os.getegid(), 4, 0, ((0, 0, 4),), ())
+    checked = status.st_size, status.st_mtime_ns
+    try:
+        async with start_workers(root) as workers:
+            await workers.batches.send(Batch(os.dup(chunk), [file], checked=checked))
+        with pytest.raises(OSError, match="was changed while it was copied"):
+            async with start_workers(root) as workers:
+                later = file._replace(name=b"later")
+                await workers.batches.send(
+                    Batch(chunk, [later], checked=(status.st_size, status.st_mtime_ns - 1))
+                )
+    finally:
+        os.close(root)
