@@ -13,11 +13,14 @@ from pathlib import Path
 SOCKET = Path("/run/systemd/journal/socket")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-#: How long a text is not told again, and how long it takes until one more line may be told of its kind.
+#: How long a text is not told again.
 _QUIET_SECONDS = 60.0
-_AT_ONCE = 10.0
+#: Of one kind: how many lines may be told at once, and how long it takes until one more may. All damaged files are of
+#: one kind, and each is to be named.
+_AT_ONCE = 200.0
+_REFILL_SECONDS = 6.0
 #: As many as ten kinds may have in a minute, and then some.
-_MOST_TEXTS = 1000
+_MOST_TEXTS = 3000
 #: Of a field, in bytes. A datagram holds 200 KiB; what is longer would have to be a file in memory.
 _LARGEST = 48 * 1024
 #: What a record may say beyond its message, as `extra`, and the fields of that (systemd.journal-fields(7) has ERRNO).
@@ -59,8 +62,8 @@ def _leads_to_journal(descriptor: int, environ: Mapping[str, str]) -> bool:
 class Repetition(logging.Filter):
     """Lets a fault through once, and not as often as a thousand readers meet it, on a thousand files.
 
-    The same text comes once in a minute. Of one kind of fault, a place in the code and its errno, there are ten
-    lines, and then one a minute, which says how many there would have been. What is no fault is not counted.
+    The same text comes once in a minute. Of one kind of fault, a place in the code and its errno, there are
+    200 lines, and then ten a minute; the next that is told says how many were not. What is no fault is not counted.
     """
 
     def __init__(self) -> None:
@@ -103,7 +106,7 @@ class _Kind:
     hidden: int = 0
 
     def take(self, now: float) -> bool:
-        self.lines = min(_AT_ONCE, self.lines + (now - self.at) / _QUIET_SECONDS)
+        self.lines = min(_AT_ONCE, self.lines + (now - self.at) / _REFILL_SECONDS)
         self.at = now
         if self.lines < 1:
             return False

@@ -60,8 +60,9 @@ class Eviction:
         #: Whatever comes before it in the order of use could not go when it was looked at; and when that is forgotten.
         self._place = START
         self._begins_at = 0.0
-        #: Rows whose files are gone, and reservations that are no longer needed, as far as the table does not know it.
-        self._gone: list[Row] = []
+        #: Rows whose files are gone, and reservations that are no longer needed, as far as the table does not know it:
+        #: on a full disk it may not be told for long.
+        self._gone: dict[tuple[int, str | None], Row] = {}
         self._released: list[str] = []
         self._owed = 0
         self._owed_until = 0.0
@@ -113,7 +114,10 @@ class Eviction:
                     self._check_fits(size, taken)
                     self.write_uses(patience_seconds)
                     self.set_right_some(patience_seconds)
-                    if taken.reserved and self.release_dead():
+                    # Until the table knows what is gone, it counts.
+                    counts = bool(self._gone or self._released)
+                    if (taken.reserved and self.release_dead()) or counts:
+                        self._settle(patience_seconds)
                         continue
                 self._evict(short)
         finally:
@@ -144,9 +148,9 @@ class Eviction:
     # Going
 
     def _evict(self, short: int) -> int:
-        """Removes files of so many bytes, or of BATCH rows; how many bytes. Raises: NoSpace (no more may go), OSError.
+        """Removes files of so many bytes, or of BATCH rows; how many bytes they were, if others have removed some.
 
-        Their rows follow with the next transaction.
+        Their rows follow with the next transaction. Raises: NoSpace (no more may go), OSError.
         """
         rows = self._pick(short)
         if not rows:
@@ -154,13 +158,13 @@ class Eviction:
                 raise NoSpace(f"no space left for {self._folder}")
             raise NoSpace(f"all that is stored in {self._folder} is in use or pinned")
         free = self._room.free()
+        size = 0
         for row in rows:
-            self._unlink(row)
-        self._gone += rows
-        self.evicted += len(rows)
-        size = sum(row.size for row in rows)
+            if self._unlink(row):
+                self.evicted += 1
+                size += row.size
         owed = size - (self._room.free() - free)
-        if 2 * owed > size:
+        if 2 * owed > size > 0:
             self._owed = self._owed_now() + owed
             self._owed_until = time.monotonic() + _OWED_SECONDS
         return size
@@ -175,12 +179,13 @@ class Eviction:
         if now >= self._begins_at:
             self._place, self._begins_at = START, now + _PASSED_SECONDS
         begins_anew = self._place != START
+        gone = frozenset(self._gone)
         while True:
             rows = self.table.least_used(self._place, BATCH)
             busy = self._let_go([row.key for row in rows])
             for row in rows:
                 self._place = row.place
-                if row.key in busy or self._is_pinned(row.key):
+                if row.identity in gone or row.key in busy or self._is_pinned(row.key):
                     continue
                 picked.append(row)
                 short -= row.size
@@ -197,25 +202,32 @@ class Eviction:
         # Pins may be thousands, but hardly of more than two lengths.
         return any(key[:length] in self._pins for length in self._pin_lengths)
 
-    def _unlink(self, row: Row) -> None:
-        if row.filename is None:
-            return
-        path = self._folder / row.filename
-        path.unlink(missing_ok=True)
-        if row.filename.count("/") > 1:
-            # An earlier version had a folder for nearly every chunk.
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
+    def _unlink(self, row: Row) -> bool:
+        """Removes a row's file, and soon the row; whether there was a file. Raises: OSError."""
+        is_there = False
+        if row.filename is not None:
+            path = self._folder / row.filename
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                is_there = True
+            if row.filename.count("/") > 1:
+                # An earlier version had a folder for nearly every chunk.
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+        self._gone[row.identity] = row
+        return is_there
 
     @contextmanager
     def _writing(self, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
         """A transaction that tells the table what is gone, up to BATCH of it."""
-        gone, released = self._gone[:BATCH], self._released[:BATCH]
+        gone, released = list(self._gone.values())[:BATCH], self._released[:BATCH]
         with self.table.writing(patience_seconds):
             self.table.remove(gone)
             self.table.release(released)
             yield
-        del self._gone[: len(gone)], self._released[: len(released)]
+        for row in gone:
+            self._gone.pop(row.identity, None)
+        del self._released[: len(released)]
 
     def _settle(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         with self._lock:
@@ -227,7 +239,6 @@ class Eviction:
         """Removes chunks that are no good, or no longer wanted. Raises: OSError, sqlite3.Error."""
         for row in rows:
             self._unlink(row)
-            self._gone.append(row)
         self._settle()
 
     def remove_soon(self, row: Row) -> None:
@@ -236,7 +247,6 @@ class Eviction:
         Raises: OSError.
         """
         self._unlink(row)
-        self._gone.append(row)
         if self._lock.acquire(blocking=False):
             try:
                 with contextlib.suppress(sqlite3.Error):

@@ -61,6 +61,11 @@ class Row(NamedTuple):
         """Where it is in the order of use."""
         return self.used_at, self.number
 
+    @property
+    def identity(self) -> tuple[int, str | None]:
+        """What no other row has: not even a later one of the same chunk, or of the same number."""
+        return self.number, self.filename
+
 
 #: Before all others in the order of use.
 START = (float("-inf"), 0)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -346,6 +346,38 @@ async def test_of_a_disk_that_shows_free_space_late_no_more_is_evicted_than_is_m
         assert len(list(folder.rglob("*.val"))) == 92, "6.25 chunks, and one"
         disk.free = 10**9
         assert put(store, "more") == [True]
+
+
+def test_while_the_table_cannot_be_told_other_files_go_each_time_and_none_counts_twice(
+    folder: Path, room_for: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def full(*_: object) -> Iterator[None]:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_FULL, "SQLITE_FULL"
+        raise error
+        yield
+
+    def left() -> int:
+        return len(list(folder.rglob("*.val")))
+
+    with open_chunk_store(folder, size=room_for(44)) as store:
+        assert all(put(store, *range(40)))
+        eviction = store._eviction
+        with monkeypatch.context() as patch:
+            patch.setattr(eviction.table, "writing", full)
+            for chunks in (22, 4):
+                assert eviction.sacrifice(18 * len(CHUNK))
+                assert (left(), store.evicted) == (chunks, 40 - chunks)
+        large = CHUNK * 30
+        assert store.put("large", large, hashlib.sha256(large).digest())
+        assert left() == 4 + 1, "what is gone makes room, once it can be said"
+        assert store.evicted == 36
+        with monkeypatch.context() as patch:
+            patch.setattr(eviction.table, "writing", full)
+            assert eviction.sacrifice(10**9)
+            assert not eviction.sacrifice(10**9), "there is nothing left"
+        assert store.evicted == 36 + 5
 
 
 def test_room_that_the_cache_needs_besides_chunks_is_made_whatever_shall_stay_free(
