@@ -114,7 +114,11 @@ def kill(mountpoint: Path) -> None:
 
 
 def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    """0 of a process that has just ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float = _DAEMON_SECONDS) -> bool:

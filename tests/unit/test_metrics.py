@@ -36,7 +36,7 @@ from tests.unit.test_lazy import (
 from tests.unit.test_status import engine_of, look
 
 _LABEL = r'[a-z_]+="(?:[^"\\\n]|\\[\\"n])*"'
-_SAMPLE = re.compile(rf"([a-z_]+)\{{{_LABEL}(?:,{_LABEL})*\}} (?:[0-9]+|[0-9]+\.[0-9]+(?:e-[0-9]+)?)")
+_SAMPLE = re.compile(rf"([a-z_]+)\{{{_LABEL}(?:,{_LABEL})*\}} [0-9]+(?:\.[0-9]+)?(?:e-[0-9]+)?")
 _SUFFIXES = {"histogram": ("_bucket", "_sum", "_count")}
 
 
