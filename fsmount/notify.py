@@ -28,6 +28,7 @@ FIRST_DESCRIPTOR = 3
 _PATIENCE_SECONDS = 2.0
 _LARGEST_MESSAGE = 4096
 _MOST_DESCRIPTORS = 16
+_FOLDER, _SOCKET = "fsmount-notify-", "socket"
 _CREDENTIALS = struct.Struct("=iII")
 #: Hands over from a holder to the program that takes its place.
 HANDED = "FSMOUNT_HANDED"
@@ -141,13 +142,31 @@ def listen() -> socket.socket:
     long as its sender likes.
     """
     places = [Path("/run/fsmount"), Path(f"/run/user/{os.geteuid()}"), Path("/tmp")]
-    place = next((place for place in places if os.access(place, os.W_OK)), None)
-    folder = Path(tempfile.mkdtemp(prefix="notify-", dir=place))
+    place = next((place for place in places if os.access(place, os.W_OK)), Path("/tmp"))
+    for left in place.glob(f"{_FOLDER}*"):
+        _remove_if_dead(left)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=place))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    listener.bind(str(folder / "socket"))
+    listener.bind(str(folder / _SOCKET))
     listener.setblocking(False)
     return listener
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Takes away what a process has left here that was killed, if it was this user's."""
+    path = folder / _SOCKET
+    try:
+        if folder.lstat().st_uid != os.geteuid():
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as caller:
+            caller.connect(str(path))
+    except ConnectionRefusedError:
+        with suppress(OSError):
+            path.unlink()
+            folder.rmdir()
+    except OSError as error:  # somebody is about to listen there, or it is not what it looks like
+        log.debug("%s: %s", folder, error)
 
 
 def address_of(listener: socket.socket) -> str:

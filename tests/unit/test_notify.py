@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +17,9 @@ from fsmount.notify import Service
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    with notify.listen() as listener:
-        yield listener
+    listener = notify.listen()
+    yield listener
+    notify.remove(listener)
 
 
 def service(listener: socket.socket) -> Service:
@@ -62,10 +65,11 @@ def test_a_service_that_nobody_started_tells_nobody(listener: socket.socket) -> 
 
 
 def test_whoever_is_gone_is_told_in_vain_and_the_log_says_so_once(
-    listener: socket.socket, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    told = service(listener)
-    listener.close()
+    gone = notify.listen()
+    told = service(gone)
+    gone.close()
     told.ready()
     told.pet()
     assert [record.message for record in caplog.records] == [
@@ -133,3 +137,14 @@ def test_what_is_meant_for_another_process_is_not_ours() -> None:
     assert service.inherited == {}
     assert service.watchdog_seconds is None
     assert environ == {}
+
+
+def test_what_a_killed_process_has_left_goes_and_what_is_listened_at_stays(listener: socket.socket) -> None:
+    left = notify.listen()
+    address = Path(notify.address_of(left))
+    left.close()  # as at a kill: nothing is taken away
+    with closing(notify.listen()) as another:
+        assert not address.parent.exists()
+        service(listener).ready()
+        assert notify.receive(listener) is not None
+        notify.remove(another)

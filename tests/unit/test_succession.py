@@ -33,8 +33,9 @@ class Chain:
 
 @pytest.fixture
 def chain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chain]:
-    with notify.listen() as listener:
-        yield Chain(monkeypatch, listener)
+    listener = notify.listen()
+    yield Chain(monkeypatch, listener)
+    notify.remove(listener)
 
 
 def test_the_first_process_may_do_everything(chain: Chain) -> None:
