@@ -35,6 +35,10 @@ class TooLarge(NoSpace):
     """It would not fit if nothing else were there."""
 
 
+#: What telling the table what is gone may take of the disk.
+_SETTLING_BYTES = 512 * 1024
+
+
 class Eviction:
     """The files of chunks that are stored, and those that are about to be; for any thread, of any number of processes.
 
@@ -75,6 +79,9 @@ class Eviction:
         self.evicted = 0
 
     def close(self) -> None:
+        """Tells the table what is gone, if it can be told now: else whoever looks next finds no file."""
+        with contextlib.suppress(sqlite3.Error):
+            self._settle()
         self.table.close()
         self._lease.close()
 
@@ -265,6 +272,8 @@ class Eviction:
                 return True
             while freed < size:
                 freed += self._evict(size - freed)
+                if self._room.free() < size + _SETTLING_BYTES:
+                    continue  # the table's log would take what was freed; it can wait
                 with contextlib.suppress(sqlite3.Error):
                     self._settle()
         return freed > 0

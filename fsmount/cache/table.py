@@ -282,10 +282,25 @@ class ChunkTable:
     def checkpoint(self) -> None:
         """Copies the log into the database if it is worth it: it syncs, which those who store shall not wait for."""
         if self.log_overflows:
-            # Where many write all the time, the log never comes to an end unless they are held up for a moment.
-            self._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
+            self._cut_log()
         elif self.log_is_long:
             self._read("PRAGMA wal_checkpoint(PASSIVE)", ())
+
+    def _cut_log(self) -> None:
+        """Where many write all the time, the log never comes to an end unless they are held up for a moment."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        if not self._turn.acquire(timeout=PATIENCE_SECONDS):
+            return
+        try:
+            # Others may have done it meanwhile.
+            while self.log_overflows and time.monotonic() < deadline:
+                ((is_busy, pages, copied),) = self._read("PRAGMA wal_checkpoint(TRUNCATE)", ())
+                if not is_busy or pages != copied:
+                    return  # somebody reads what the log was a while ago: that may last
+                # Others are copying it, which SQLite does not wait for, or writing.
+                time.sleep(_PAUSE_SECONDS)
+        finally:
+            self._turn.release()
 
     @property
     def log_is_long(self) -> bool:

@@ -1,9 +1,11 @@
 """What the cache may take, and what goes first: never above the size, never below the free space, nothing in use."""
 
+import fcntl
 import hashlib
 import logging
 import os
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -172,6 +174,32 @@ def test_a_log_that_somebody_who_reads_has_let_grow_is_short_again_when_that_is_
         assert checkpoints == 1, "whoever stores waits for it once"
         assert log.stat().st_size < longest / 2
         assert store.volume - volume < 200 * len(CHUNK) + 2**20, "nor does it count for ever"
+
+
+def test_a_log_that_has_grown_is_cut_as_soon_as_others_are_through_with_copying_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_chunk_store(folder, size=10**9) as store:
+        table = store._eviction.table
+        with closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM Cache").fetchone()
+            put(store, *range(100))
+        assert table.log_overflows
+        with (folder / "cache.db-shm").open("rb+", buffering=0) as shared:
+            # As another process does while it copies: WAL_CKPT_LOCK, see sqlite.org/walformat.html.
+            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 121, 1, 0)
+            fcntl.fcntl(shared, fcntl.F_OFD_SETLK, lock)
+            waited: list[float] = []
+
+            def release(seconds: float) -> None:
+                waited.append(seconds)
+                if len(waited) == 3:
+                    shared.close()
+
+            monkeypatch.setattr(time, "sleep", release)
+            table.checkpoint()
+        assert len(waited) == 3 and not table.log_overflows
 
 
 @pytest.mark.parametrize("checkpoint", ["PASSIVE", "RESTART"])
