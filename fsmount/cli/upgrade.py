@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ def upgrade(options: ConfigOptions, mountpoint: Path | None) -> None:
         # Which process to signal is what the mount says.
         raise Refused(f"the mount at {mountpoint} is another user's", remedy="Run this as that user.")
     process = before["process"]
-    # The holder takes its newer self's place first. Without one, systemd starts the next process.
-    os.kill(process["holder"] or process["pid"], signal.SIGUSR2)
+    _tell(mountpoint, process["pid"], process["holder"])
     deadline = time.monotonic() + _SECONDS
     while True:
         time.sleep(_PAUSE_SECONDS)
@@ -54,6 +54,52 @@ def upgrade(options: ConfigOptions, mountpoint: Path | None) -> None:
     click.echo(
         f"{mountpoint}: served by fsmount {after['fsmount']}, process {after['process']['pid']};"
         f" before it was fsmount {before['fsmount']}, process {process['pid']}"
+    )
+
+
+def _tell(mountpoint: Path, worker: int, holder: int | None) -> None:
+    """Signals whoever sees to it that another process follows the worker. Raises: Refused, NotRunning."""
+    from fsmount.errors import NotRunning, Refused
+
+    # The holder takes its newer self's place first. Without one, systemd starts the next process.
+    if _signal(worker if holder is None else holder):
+        return
+    if holder is None:
+        raise NotRunning(
+            f"process {worker}, which served {mountpoint}, has just ended",
+            remedy="Run this again when the next one serves it: fsmount status says so.",
+        )
+    raise Refused(
+        f"process {holder}, which kept the mount at {mountpoint}, is gone: process {worker} serves it on, and nobody"
+        " would follow it",
+        remedy=f"Begin anew when it suits: fsmount unmount --lazy {mountpoint}, and fsmount mount {mountpoint}",
+    )
+
+
+def _signal(pid: int) -> bool:
+    """False if there is no such process, or its number is by now another's, who would die of the signal."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # Looked at after it was opened, and signalled by that: a number is not used again between the two unnoticed.
+        process = Path(f"/proc/{pid}")
+        if process.stat().st_uid != os.geteuid() or not _mounts((process / "cmdline").read_bytes()):
+            return False
+        signal.pidfd_send_signal(descriptor, signal.SIGUSR2)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _mounts(cmdline: bytes) -> bool:
+    """Whether it is a command line of `fsmount mount`, by name or as a module."""
+    return any(
+        os.path.basename(program) == b"fsmount" and command == b"mount"
+        for program, command in pairwise(cmdline.split(b"\0"))
     )
 
 

@@ -19,6 +19,7 @@ from random import Random
 import pytest
 
 from fsmount import notify
+from fsmount.errors import Refused
 from fsmount.fuse import mounts
 from tests import peers
 from tests.fakes.front import CountingProxy, Fault
@@ -232,6 +233,22 @@ def test_an_upgrade_waits_for_the_process_that_follows_one_that_has_just_died(wo
         os.kill(daemon(mountpoint), signal.SIGKILL)
         fsmount("upgrade", mountpoint, cache=work / "cache")
         assert os.listdir(mountpoint / "app") == ["v1"]
+
+
+def test_a_mount_whose_holder_was_killed_is_served_on_and_an_upgrade_says_how_to_begin_anew(
+    work: Path, app: str
+) -> None:
+    with mounted(work, app) as mountpoint:
+        keeper, worker = holder(mountpoint), daemon(mountpoint)
+        os.kill(keeper, signal.SIGKILL)
+        assert wait_until(lambda: daemons(mountpoint) == [worker])
+        said = fsmount("upgrade", mountpoint, cache=work / "cache", code=Refused.exit_code).stderr
+        assert f"process {keeper}, which kept the mount at {mountpoint}, is gone".encode() in said
+        assert os.listdir(mountpoint / "app") == ["v1"]
+        fsmount("unmount", "--lazy", mountpoint, cache=work / "cache")
+        fsmount("mount", mountpoint, "--app", app, cache=work / "cache")
+        assert os.listdir(mountpoint / "app") == ["v1"]
+        fsmount("upgrade", mountpoint, cache=work / "cache")
 
 
 def test_what_was_unmounted_while_nobody_served_it_stays_unmounted(work: Path, app: str) -> None:
